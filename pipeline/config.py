@@ -1,0 +1,212 @@
+"""What a run is: one frozen value. What follows from it is computed, never written back into it.
+
+Imports nothing but the standard library, so that a dry run and `--help` answer at once.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Vit:
+    """A vision transformer (Dosovitskiy et al. 2021, section 3.1 and table 1)."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    """Width of the layer inside each MLP."""
+    patch: int = 16
+    """Side of a patch in pixels."""
+    image_size: int = 224
+    """Side of a picture in pixels."""
+    representation: bool = False
+    """A tanh layer as wide as the model before the head, as the paper has in pretraining."""
+    dropout: float = 0.0
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; pixels that do not fill a patch are left out, as in the paper's code."""
+        return self.image_size // self.patch
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the pictures are and how they are fed."""
+
+    shards: str = ""
+    """Folder or URL of the shard set to train on."""
+    validation: str = ""
+    """Folder or URL of the shard set to validate on after each epoch; none if empty."""
+    lanes: int = 64
+    """Streams of pictures; a number of the run, not of the cluster: it decides the order."""
+    window: int = 16384
+    """Pictures of a lane that are shuffled together."""
+    crop_area: float = 0.05
+    """Smallest share of a picture's area that a crop keeps; 1 keeps the whole picture."""
+    flip: bool = True
+    """Mirror half of the pictures left to right."""
+    threads: int = 4
+    """Threads of each process that decode; they do not change what comes out."""
+    cache: str = ""
+    """Local folder for copies of remote shards; ~/.cache/vitscale/shards if empty."""
+    cache_gigabytes: float = 200.0
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and decay (paper, table 3 and appendix B.1)."""
+
+    lr: float = 1e-3
+    warmup: int = 10_000
+    """Steps over which the learning rate rises from 0."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    end_lr: float = 1e-5
+    """Where the linear decay ends."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.03
+    """Per unit of learning rate, on every parameter, as in the paper."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 clips nothing."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run depends on."""
+
+    name: str
+    """The experiment."""
+    classes: int
+    model: Vit = field(default_factory=Vit)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    objective: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Cross-entropy of each class for itself (ImageNet-21k), or of one class among all."""
+    smoothing: float = 1e-4
+    """Target of a wrong class (sigmoid), or the share given to all classes (softmax)."""
+    epochs: float = 90.0
+    batch: int = 4096
+    """Pictures for one step of the optimizer, on all processes together."""
+    micro_batch: int = 64
+    """Pictures for one forward pass of one process, or fewer where its share of the batch is smaller."""
+    zero: Literal[0, 1, 2] = 2
+    """Stage of DeepSpeed's ZeRO."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    save_every: int = 1000
+    """Steps from one checkpoint to the next."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps from one line in MLflow to the next; each is the mean over them."""
+
+    def steps(self, samples: int) -> int:
+        """Steps of the optimizer in the whole run over a corpus of `samples` pictures."""
+        return int(self.epochs * samples / self.batch)
+
+    def micro(self, processes: int) -> int:
+        """Pictures of one forward pass of one of the processes."""
+        return min(self.micro_batch, self.batch // processes)
+
+    def passes(self, processes: int) -> int:
+        """Forward passes that each process makes for one step."""
+        return self.batch // (processes * self.micro(processes))
+
+    def check(self, processes: int) -> None:
+        """Raise ValueError, with numbers that would do, where the run does not fit on so many processes."""
+        lanes, batch = self.data.lanes, self.batch
+        if processes < 1:
+            raise ValueError(f"processes is {processes}; at least 1 is needed")
+        for what, value in (("batch", batch), ("micro_batch", self.micro_batch), ("data.lanes", lanes)):
+            if value < 1:
+                raise ValueError(f"{what} is {value}; at least 1 is needed")
+        if batch % lanes:
+            near = sorted({lanes * max(1, batch // lanes), lanes * (batch // lanes + 1)})
+            raise ValueError(
+                f"batch {batch} does not divide over {lanes} lanes: a batch of {_either(near)} would, or "
+                f"data.lanes of {_either(_divisors_near(batch, lanes))}"
+            )
+        if lanes % processes:
+            raise ValueError(
+                f"{lanes} lanes do not divide over {processes} processes: {_either(_divisors_near(lanes, processes))} "
+                f"processes would do, or data.lanes of {_either([processes * (lanes // processes + 1)])}"
+            )
+        share = batch // processes
+        if share % self.micro(processes):
+            raise ValueError(
+                f"{share} pictures a process do not divide into passes of micro_batch {self.micro_batch}: "
+                f"{_either(_divisors_near(share, self.micro_batch))} would do"
+            )
+        if self.model.width % self.model.heads:
+            raise ValueError(f"width {self.model.width} does not divide over {self.model.heads} heads")
+        if self.model.grid < 1:
+            raise ValueError(f"a picture of {self.model.image_size} pixels holds no patch of {self.model.patch}")
+        if not 0 < self.data.crop_area <= 1:
+            raise ValueError(f"data.crop_area is {self.data.crop_area}; it is a share of the area, above 0 and at most 1")
+
+
+def _divisors_near(number: int, wanted: int) -> list[int]:
+    """The nearest divisors of `number` at or below and at or above `wanted`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d <= wanted][-1:]
+    above = [d for d in divisors if d >= wanted][:1]
+    return sorted({*below, *above})
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The run as nested plain values, as they stand in `config.json`."""
+    return asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The run that `to_dict` wrote down; ValueError names a field that is unknown or of a wrong type."""
+    return _build(Config, values, "")
+
+
+def _build(kind: Any, values: dict[str, Any], path: str) -> Any:
+    hints = get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            raise ValueError(f"no field {path + name!r} in {kind.__name__}; it has: {', '.join(hints)}")
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if is_dataclass(hint):
+            made[name] = _build(hint, value, f"{path}{name}.")
+        else:
+            made[name] = _typed(hint, value, path + name)
+    return kind(**made)
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise ValueError(f"{path} is {value!r}; it can be {', '.join(map(str, get_args(hint)))}")
+    if origin is UnionType:
+        return None if value is None and NoneType in get_args(hint) else _typed(get_args(hint)[0], value, path)
+    if origin is tuple:
+        return tuple(_typed(part, item, path) for part, item in zip(get_args(hint), value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{path} is {value!r}, a {type(value).__name__}; it has to be a {hint.__name__}")
+    return value
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """One line, `field: ours != theirs`, for each field in which two runs differ."""
+
+    def compare(a: Any, b: Any, path: str) -> list[str]:
+        if not is_dataclass(a):
+            return [] if a == b else [f"{path}: {a!r} != {b!r}"]
+        names = [f.name for f in fields(a)]
+        return [line for n in names for line in compare(getattr(a, n), getattr(b, n), f"{path}.{n}" if path else n)]
+
+    return compare(ours, theirs, "")

@@ -1,0 +1,49 @@
+"""The Ray that a job runs on: the one it was submitted to, or one of its own on this machine."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray
+
+# What a job was told through its environment and its workers have to know too.
+PASSED_ON = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "DS_ACCELERATOR", "VITSCALE_CODE")
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS`, which a submitted job has set; start a Ray on this machine where there is none.
+
+    Workers import the packages from where this process has them, unless the job brought a working directory.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        root = str(Path(__file__).resolve().parents[1])
+        passed["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {"runtime_env": {"env_vars": passed}, "logging_level": logging.WARNING}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(os.environ["RAY_ADDRESS"], **settings)
+    else:  # "local": never a Ray that somebody else happens to run on this machine
+        ray.init("local", include_dashboard=False, **settings)
+
+
+def require(needed: Mapping[str, float], what: str, *, wait_s: float = 0.0) -> None:
+    """Raise ValueError where the whole cluster has less than `needed`, even when nothing else runs on it.
+
+    A cluster that grows on demand is given `wait_s` seconds to show what it can have.
+    """
+    limit = time.monotonic() + wait_s
+    while True:
+        there = ray.cluster_resources()
+        short = {name: amount for name, amount in needed.items() if there.get(name, 0) < amount}
+        if not short:
+            return
+        if time.monotonic() >= limit:
+            asked = ", ".join(f"{amount:g} {name}" for name, amount in needed.items())
+            has = ", ".join(f"{there.get(name, 0):g} {name}" for name in needed)
+            raise ValueError(f"{what} needs {asked}; the cluster has {has}")
+        time.sleep(min(1.0, wait_s))

@@ -1,0 +1,161 @@
+"""The contract between who writes a shard set and who reads it.
+
+A set is a folder with `000000.tar ...`, `index.parquet` and, written last, `manifest.json`. The index has one row a
+picture and one row group a shard, so that a reader takes it shard by shard. A folder without a manifest is not a set.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shards.storage import Folder
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"
+
+SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("key", pa.string()),
+        ("member", pa.string()),  # name of the picture's file in the tar
+        ("offset", pa.int64()),  # of the picture's bytes in the tar
+        ("size", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("labels", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its name, pictures, bytes and sha256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard set is: enough to tell it from any other."""
+
+    name: str
+    recipe: dict[str, Any]
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    index_sha256: str
+    refused: dict[str, int]
+    """Pictures left out, by reason."""
+
+    @property
+    def samples(self) -> int:
+        """Pictures in the set."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def root(self) -> str:
+        """One digest over everything: two sets with the same root hold the same bytes in the same order."""
+        return sha256(json.dumps(self._values(), sort_keys=True).encode()).hexdigest()
+
+    def _values(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "classes": list(self.classes), "shards": [asdict(s) for s in self.shards]}
+
+    def to_json(self) -> bytes:
+        """The manifest as it stands in `manifest.json`, always the same bytes."""
+        counts = {"samples": self.samples, "bytes": self.bytes, "root": self.root}
+        return (json.dumps({**self._values(), **counts}, indent=1, sort_keys=True) + "\n").encode()
+
+    @staticmethod
+    def from_json(data: bytes, where: str) -> "Manifest":
+        """Read what `to_json` wrote; ValueError where it is damaged or of a newer format."""
+        try:
+            values = json.loads(data)
+            if values["format"] > FORMAT:
+                raise ValueError(f"{where} has format {values['format']}; this version reads up to {FORMAT}")
+            manifest = Manifest(
+                name=values["name"],
+                recipe=values["recipe"],
+                classes=tuple(values["classes"]),
+                shards=tuple(Shard(**shard) for shard in values["shards"]),
+                index_sha256=values["index_sha256"],
+                refused=values["refused"],
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{where} is not a manifest: {error}") from error
+        if manifest.root != values["root"]:
+            raise ValueError(f"{where} is damaged: its root digest does not fit what it says")
+        return manifest
+
+
+class ShardSet:
+    """A shard set to read: its manifest at once, its index shard by shard.
+
+    ValueError, naming the first file, where the folder is no set or its files do not have the sizes of the manifest.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.folder = Folder(url)
+        self.manifest = self._manifest()
+        self._check_sizes()
+
+    def _manifest(self) -> Manifest:
+        where = f"{self.folder.absolute}/{MANIFEST}"
+        try:
+            return Manifest.from_json(self.folder.read(MANIFEST), where)
+        except FileNotFoundError:
+            if self.folder.sizes():
+                raise ValueError(
+                    f"{where} does not exist: the set was not finished; make it again with jobs/prepare.py"
+                ) from None
+            raise ValueError(f"there is no shard set at {self.folder.absolute}: no such folder, or an empty one") from None
+
+    def _check_sizes(self) -> None:
+        sizes = self.folder.sizes()
+        for shard in self.manifest.shards:
+            if shard.name not in sizes:
+                raise ValueError(f"{self.folder.absolute}/{shard.name} is missing, though the manifest names it")
+            if sizes[shard.name] != shard.bytes:
+                raise ValueError(
+                    f"{self.folder.absolute}/{shard.name} has {sizes[shard.name]} bytes, the manifest says {shard.bytes}"
+                )
+        if INDEX not in sizes:
+            raise ValueError(f"{self.folder.absolute}/{INDEX} is missing")
+
+    @cached_property
+    def _index(self) -> pq.ParquetFile:
+        if self.folder.local:
+            return pq.ParquetFile(self.folder.local / INDEX, memory_map=True)
+        data = self.folder.read(INDEX)
+        if sha256(data).hexdigest() != self.manifest.index_sha256:
+            raise ValueError(f"{self.folder.absolute}/{INDEX} is damaged: its digest is not that of the manifest")
+        return pq.ParquetFile(BytesIO(data))
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Pictures of each shard."""
+        return np.array([shard.samples for shard in self.manifest.shards], np.int64)
+
+    @cached_property
+    def first(self) -> NDArray[np.int64]:
+        """Number of each shard's first picture, counting through the set."""
+        return np.concatenate([[0], np.cumsum(self.counts)[:-1]])
+
+    def rows(self, shard: int) -> pa.Table:
+        """The index of one shard: a row a picture, in the order of the tar, with the columns of `SCHEMA`."""
+        return self._index.read_row_group(shard)
