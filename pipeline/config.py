@@ -31,6 +31,11 @@ class Vit:
         return self.image_size // self.patch
 
 
+vit_b16 = Vit()
+vit_l16 = Vit(width=1024, depth=24, heads=16, hidden=4096)
+vit_h14 = Vit(width=1280, depth=32, heads=16, hidden=5120, patch=14)
+
+
 @dataclass(frozen=True)
 class Data:
     """Where the pictures are and how they are fed."""
@@ -39,6 +44,8 @@ class Data:
     """Folder or URL of the shard set to train on."""
     validation: str = ""
     """Folder or URL of the shard set to validate on after each epoch; none if empty."""
+    samples: int = 0
+    """Pictures expected in the set, to plan with before it is there; what counts is its manifest."""
     lanes: int = 64
     """Streams of pictures; a number of the run, not of the cluster: it decides the order."""
     window: int = 16384
@@ -47,6 +54,8 @@ class Data:
     """Smallest share of a picture's area that a crop keeps; 1 keeps the whole picture."""
     flip: bool = True
     """Mirror half of the pictures left to right."""
+    eval_crop: float = 0.875
+    """Share of the shorter side that evaluation looks at, in the middle; 7/8 is the paper's 224 of 256."""
     threads: int = 4
     """Threads of each process that decode; they do not change what comes out."""
     cache: str = ""
@@ -138,12 +147,16 @@ class Config:
                 f"{share} pictures a process do not divide into passes of micro_batch {self.micro_batch}: "
                 f"{_either(_divisors_near(share, self.micro_batch))} would do"
             )
+        if self.zero == 0 and self.precision == "bf16":
+            raise ValueError("zero 0 keeps no fp32 gradients beside bf16 weights: use zero 1 or 2, or precision fp32")
         if self.model.width % self.model.heads:
             raise ValueError(f"width {self.model.width} does not divide over {self.model.heads} heads")
         if self.model.grid < 1:
             raise ValueError(f"a picture of {self.model.image_size} pixels holds no patch of {self.model.patch}")
         if not 0 < self.data.crop_area <= 1:
-            raise ValueError(f"data.crop_area is {self.data.crop_area}; it is a share of the area, above 0 and at most 1")
+            raise ValueError(
+                f"data.crop_area is {self.data.crop_area}; it is a share of the area, above 0 and at most 1"
+            )
 
 
 def _divisors_near(number: int, wanted: int) -> list[int]:

@@ -9,11 +9,18 @@ from pathlib import Path
 import ray
 
 # What a job was told through its environment and its workers have to know too.
-PASSED_ON = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "DS_ACCELERATOR", "VITSCALE_CODE")
+PASSED_ON = (
+    "MLFLOW_TRACKING_URI",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "DS_ACCELERATOR",
+    "VITSCALE_CODE",
+)
 
 
 def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS`, which a submitted job has set; start a Ray on this machine where there is none.
+    """Join the cluster of `RAY_ADDRESS`, which a submitted job has set; without it, start a Ray on this machine.
 
     Workers import the packages from where this process has them, unless the job brought a working directory.
     """
@@ -24,7 +31,7 @@ def connect() -> None:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         root = str(Path(__file__).resolve().parents[1])
         passed["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = {"runtime_env": {"env_vars": passed}, "logging_level": logging.WARNING}
+    settings = {"runtime_env": {"env_vars": passed}, "logging_level": logging.WARNING, "log_to_driver": False}
     if "RAY_ADDRESS" in os.environ:
         ray.init(os.environ["RAY_ADDRESS"], **settings)
     else:  # "local": never a Ray that somebody else happens to run on this machine

@@ -64,7 +64,7 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes of all shards."""
         return sum(shard.bytes for shard in self.shards)
 
@@ -74,11 +74,16 @@ class Manifest:
         return sha256(json.dumps(self._values(), sort_keys=True).encode()).hexdigest()
 
     def _values(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "classes": list(self.classes), "shards": [asdict(s) for s in self.shards]}
+        return {
+            "format": FORMAT,
+            **asdict(self),
+            "classes": list(self.classes),
+            "shards": [asdict(s) for s in self.shards],
+        }
 
     def to_json(self) -> bytes:
         """The manifest as it stands in `manifest.json`, always the same bytes."""
-        counts = {"samples": self.samples, "bytes": self.bytes, "root": self.root}
+        counts = {"samples": self.samples, "bytes": self.size, "root": self.root}
         return (json.dumps({**self._values(), **counts}, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
@@ -123,7 +128,9 @@ class ShardSet:
                 raise ValueError(
                     f"{where} does not exist: the set was not finished; make it again with jobs/prepare.py"
                 ) from None
-            raise ValueError(f"there is no shard set at {self.folder.absolute}: no such folder, or an empty one") from None
+            raise ValueError(
+                f"there is no shard set at {self.folder.absolute}: no such folder, or an empty one"
+            ) from None
 
     def _check_sizes(self) -> None:
         sizes = self.folder.sizes()
@@ -132,7 +139,7 @@ class ShardSet:
                 raise ValueError(f"{self.folder.absolute}/{shard.name} is missing, though the manifest names it")
             if sizes[shard.name] != shard.bytes:
                 raise ValueError(
-                    f"{self.folder.absolute}/{shard.name} has {sizes[shard.name]} bytes, the manifest says {shard.bytes}"
+                    f"{self.folder.absolute}/{shard.name} has {sizes[shard.name]} bytes, not the manifest's {shard.bytes}"
                 )
         if INDEX not in sizes:
             raise ValueError(f"{self.folder.absolute}/{INDEX} is missing")

@@ -15,7 +15,7 @@ class Progress:
         self, what: str, total: int, unit: str, *, every: float = 5.0, say: Callable[[str], None] | None = None
     ) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
-        self._say = say or _print
+        self.say = say or _print
         self._began = self._said = time.monotonic()
         self._start: int | None = None
 
@@ -34,13 +34,13 @@ class Progress:
         left = f"{duration((self.total - done) / rate)} left" if rate > 0 else "waiting"
         share = 100 * done // max(self.total, 1)
         parts = [f"{self.what}: {done:,} of {self.total:,} {self.unit} ({share} %)", f"{rate:,.1f}/s", left]
-        self._say(", ".join(parts + [f"{name.replace('_', ' ')} {value}" for name, value in more.items()]))
+        self.say(", ".join(parts + [f"{name.replace('_', ' ')} {value}" for name, value in more.items()]))
 
     def done(self, **more: str) -> None:
         """All of it is done."""
         spent = time.monotonic() - self._began
         parts = [f"{self.what}: {self.total:,} {self.unit} in {duration(spent)}"]
-        self._say(", ".join(parts + [f"{name.replace('_', ' ')} {value}" for name, value in more.items()]))
+        self.say(", ".join(parts + [f"{name.replace('_', ' ')} {value}" for name, value in more.items()]))
 
 
 def _print(line: str) -> None:

@@ -23,7 +23,8 @@ class Folder:
     url: str
 
     @cached_property
-    def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
+    def place(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """The file system and the path in it."""
         options = {"config_kwargs": {"retries": {"max_attempts": 10, "mode": "standard"}}} if self._s3 else {}
         # Listings are not kept: other processes write to the same place.
         return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
@@ -35,7 +36,7 @@ class Folder:
     @property
     def local(self) -> Path | None:
         """The folder as a local path, None where it is remote."""
-        files, root = self._place
+        files, root = self.place
         return Path(root) if isinstance(files, LocalFileSystem) else None
 
     @property
@@ -47,35 +48,37 @@ class Folder:
         return Folder(f"{self.absolute}/{name}")
 
     def _at(self, name: str) -> str:
-        return f"{self._place[1].rstrip('/')}/{name}"
+        return f"{self.place[1].rstrip('/')}/{name}"
 
     def exists(self, name: str) -> bool:
         """Whether `name` is there, as a file or as the start of other names."""
-        return self._place[0].exists(self._at(name))
+        return self.place[0].exists(self._at(name))
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of `name` from `start` to `end`; FileNotFoundError names the whole URL."""
         try:
-            return self._place[0].cat_file(self._at(name), start=start, end=end)
+            data = self.place[0].cat_file(self._at(name), start=start, end=end)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.absolute}/{name} does not exist") from error
+        assert isinstance(data, bytes)
+        return data
 
     def write(self, name: str, data: bytes) -> None:
         """Put `data` under `name`, all or nothing, over what is there."""
         if self.local:
-            with _beside(self.local / name) as aside:
+            with _Aside(self.local / name) as aside:
                 aside.write_durably(data)
         else:
-            self._place[0].pipe_file(self._at(name), data)
+            self.place[0].pipe_file(self._at(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Put `data` under `name` unless it is there; of several who try, one is told True."""
         if self.local:
-            with _beside(self.local / name, exclusive=True) as aside:
+            with _Aside(self.local / name, exclusive=True) as aside:
                 aside.write_durably(data)
             return aside.won
         try:
-            self._place[0].pipe_file(self._at(name), data, mode="create")
+            self.place[0].pipe_file(self._at(name), data, mode="create")
         except (FileExistsError, OSError) as error:
             if isinstance(error, FileExistsError) or "pre-condition" in str(error).lower() or self.exists(name):
                 return False
@@ -85,20 +88,20 @@ class Folder:
     def put(self, source: Path, name: str) -> None:
         """Copy the local file `source` to `name`, all or nothing."""
         if self.local:
-            with _beside(self.local / name) as aside:
+            with _Aside(self.local / name) as aside:
                 aside.copy_durably(source)
         else:
-            self._place[0].put_file(str(source), self._at(name))
+            self.place[0].put_file(str(source), self._at(name))
 
     def get(self, name: str, target: Path) -> None:
         """Copy `name` to the local file `target`."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._place[0].get_file(self._at(name), str(target))
+        self.place[0].get_file(self._at(name), str(target))
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file directly in the folder, by name; empty where there is no such folder."""
         try:
-            listed = self._place[0].ls(self._place[1], detail=True)
+            listed = self.place[0].ls(self.place[1], detail=True)
         except FileNotFoundError:
             return {}
         return {e["name"].rstrip("/").rsplit("/", 1)[-1]: int(e["size"] or 0) for e in listed if e["type"] == "file"}
@@ -106,7 +109,7 @@ class Folder:
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, in order."""
         try:
-            listed = self._place[0].ls(self._place[1], detail=True)
+            listed = self.place[0].ls(self.place[1], detail=True)
         except FileNotFoundError:
             return []
         return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in listed if e["type"] == "directory")
@@ -114,7 +117,7 @@ class Folder:
     def remove(self, name: str) -> None:
         """Remove a file or a whole folder; nothing happens where it is not there."""
         if self.exists(name):
-            self._place[0].rm(self._at(name), recursive=True)
+            self.place[0].rm(self._at(name), recursive=True)
 
     def check_writable(self) -> None:
         """Raise OSError, naming the folder, unless a file can be written here."""
@@ -126,14 +129,14 @@ class Folder:
             raise OSError(f"cannot write to {self.absolute}: {error.strerror or error}") from error
 
 
-class _beside:  # noqa: N801 - used like a function
+class _Aside:
     """A file under another name in the same folder, which takes its name when all of it is on the disk."""
 
     def __init__(self, target: Path, *, exclusive: bool = False) -> None:
         self.target, self.exclusive, self.won = target, exclusive, False
         self.aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
 
-    def __enter__(self) -> "_beside":
+    def __enter__(self) -> "_Aside":
         self.target.parent.mkdir(parents=True, exist_ok=True)
         return self
 

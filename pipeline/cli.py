@@ -1,0 +1,91 @@
+"""Command lines from dataclasses, whose mistakes are answered in one line."""
+
+import io
+import itertools
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+
+Kind = TypeVar("Kind")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a mistake (ValueError, OSError) or a failed run (RuntimeError) is one line on stderr."""
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(kind: type[Kind], argv: Sequence[str], *, default: Kind | None = None) -> Kind:
+    """The dataclass `kind` from a command line, over the values of `default`; ValueError, of one line, for a mistake."""
+    heard = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with redirect_stderr(heard):
+            found, unknown = tyro.cli(kind, args=list(argv), return_unknown_args=True, **extra)  # type: ignore[call-overload]
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_unboxed(heard.getvalue())) from None
+    if unknown:
+        raise ValueError(_unknown(kind, unknown[0]))
+    return found
+
+
+def _unboxed(text: str) -> str:
+    """What tyro says in a box of several lines, as one."""
+    lines = [re.sub(r"^[\u2500-\u257f\s]+|[\u2500-\u257f\s]+$", "", line) for line in text.splitlines()]
+    said = [line for line in lines if line and not line.startswith("For full helptext")]
+    said = list(itertools.takewhile(lambda line: not line.startswith("Argument helptext"), said))
+    return "; ".join(said[1:] if len(said) > 1 else said) or "the command line is wrong"
+
+
+def _unknown(kind: type, option: str) -> str:
+    """`no option --optim.lrr in optim; it has: ...`, naming the fields of the innermost group that exists."""
+    path = option.removeprefix("--").split("=")[0].replace("-", "_").split(".")
+    group, where = kind, []
+    for name in path[:-1]:
+        inside = _groups(group).get(name)
+        if inside is None:
+            break
+        group, where = inside, [*where, name]
+    there = ".".join(where)
+    names = ", ".join("--" + ".".join([*where, name]).replace("_", "-") for name in _options(group))
+    return f"no option {option}{' in ' + there if there else ''}; there are: {names}"
+
+
+def _groups(kind: type) -> dict[str, type]:
+    """Fields that are dataclasses, by name; those of a field without a prefix count as the outer one's."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            found |= _groups(hint) if _flat(kind, name) else {name: hint}  # type: ignore[arg-type]
+    return found
+
+
+def _options(kind: type) -> list[str]:
+    found: list[str] = []
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        hint = hints[field.name]
+        if is_dataclass(hint):
+            found += _options(hint) if _flat(kind, field.name) else [f"{field.name}.…"]  # type: ignore[arg-type]
+        else:
+            found.append(field.name)
+    return found
+
+
+def _flat(kind: type, name: str) -> bool:
+    """Whether the options of a field stand without its name before them."""
+    hint = get_type_hints(kind, include_extras=True)[name]
+    return any(getattr(mark, "name", None) == "" for mark in getattr(hint, "__metadata__", ()))

@@ -1,0 +1,104 @@
+"""Bytes to pixels: decoding, and the crop that a picture gets in an epoch.
+
+Legend: n pictures, h w pixels, all pictures RGB and uint8.
+"""
+
+from io import BytesIO
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.seed import number, uniform
+
+Pixels = NDArray[np.uint8]
+
+_ATTEMPTS = 10
+_RATIO = (3 / 4, 4 / 3)
+
+
+class Crops(NamedTuple):
+    """For n pictures the box that is kept, in pixels of the original, and whether it is mirrored."""
+
+    left: NDArray[np.int64]
+    top: NDArray[np.int64]
+    width: NDArray[np.int64]
+    height: NDArray[np.int64]
+    mirrored: NDArray[np.bool_]
+
+
+def random_crops(
+    width: NDArray[np.int64],
+    height: NDArray[np.int64],
+    sample: NDArray[np.int64],
+    epoch: NDArray[np.int64],
+    *,
+    seed: int,
+    area: float,
+    flip: bool,
+) -> Crops:
+    """The inception crop (Szegedy et al. 2015, section 6) of each picture: a function of (seed, epoch, sample).
+
+    A share of the area drawn uniformly from `area` to 1, an aspect ratio drawn from 3/4 to 4/3 on a logarithmic
+    scale, and a uniform place; the first of ten draws that fits, or the whole picture.
+    """
+    keys = _keys(seed, epoch, sample)
+    draws = uniform(keys[:, None], np.arange(4 * _ATTEMPTS + 1))  # n, 41
+    share, shape, x, y = draws[:, 1:].reshape(-1, _ATTEMPTS, 4).transpose(2, 0, 1)  # n, attempts each
+    kept = (area + share * (1 - area)) * (width * height)[:, None]
+    ratio = np.exp(np.log(_RATIO[0]) + shape * (np.log(_RATIO[1]) - np.log(_RATIO[0])))
+    w = np.rint(np.sqrt(kept * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(kept / ratio)).astype(np.int64)
+    fits = (w <= width[:, None]) & (h <= height[:, None]) & (w > 0) & (h > 0)
+    first = (np.arange(len(fits)), fits.argmax(1))
+    some = fits.any(1)
+    w, h = np.where(some, w[first], width), np.where(some, h[first], height)
+    left = (x[first] * (width - w + 1)).astype(np.int64)
+    top = (y[first] * (height - h + 1)).astype(np.int64)
+    return Crops(left, top, w, h, (draws[:, 0] < 0.5) & flip)
+
+
+def _keys(seed: int, epoch: NDArray[np.int64], sample: NDArray[np.int64]) -> NDArray[np.uint64]:
+    base = {one: number("crop", seed, one) for one in np.unique(epoch).tolist()}
+    return np.array([base[one] for one in epoch.tolist()], np.uint64) ^ sample.astype(np.uint64)
+
+
+def central_crops(width: NDArray[np.int64], height: NDArray[np.int64], *, share: float) -> Crops:
+    """The square in the middle whose side is `share` of the shorter side; 7/8 is the paper's 224 of 256."""
+    side = np.maximum(1, np.rint(np.minimum(width, height) * share)).astype(np.int64)
+    return Crops((width - side) // 2, (height - side) // 2, side, side, np.zeros(len(side), np.bool_))
+
+
+def decode(data: bytes) -> Pixels:
+    """The picture as (h, w, 3) RGB; ValueError where the bytes are none.
+
+    Without turning by EXIF: `shards` has turned what is to be turned.
+    """
+    if simplejpeg.is_jpeg(data):
+        try:
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        except ValueError:
+            return _decode_otherwise(data)
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    return _decode_otherwise(data) if found is None else found.astype(np.uint8, copy=False)
+
+
+def _decode_otherwise(data: bytes) -> Pixels:
+    """By Pillow, which knows the formats and colour spaces that the fast decoders refuse."""
+    try:
+        return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"not a picture: {error}") from error
+
+
+def cut(picture: Pixels, crops: Crops, i: int, out: Pixels) -> None:
+    """Write crop `i` of a picture, scaled to the size of `out` (h, w, 3), into `out`."""
+    left, top, width, height = (int(column[i]) for column in crops[:4])
+    box = picture[top : top + height, left : left + width]
+    # Shrinking averages what falls into a pixel; only enlarging may look at four neighbours alone.
+    how = cv2.INTER_AREA if width > out.shape[1] and height > out.shape[0] else cv2.INTER_LINEAR
+    scaled = cv2.resize(box, (out.shape[1], out.shape[0]), interpolation=how)
+    out[:] = scaled[:, ::-1] if crops.mirrored[i] else scaled

@@ -1,0 +1,22 @@
+"""A small ViT on Fashion-MNIST: the demo's largest run.
+
+Command: `make demo`, or `python jobs/pretrain.py demo --processes 2 --data.shards sets/fashion_mnist/train
+--data.validation sets/fashion_mnist/test --to runs`
+"""
+
+from pipeline.config import Config, Data, Optim, Vit
+
+config = Config(
+    name="demo",
+    classes=10,
+    model=Vit(width=128, depth=6, heads=4, hidden=512, patch=7, image_size=28),
+    data=Data(samples=60_000, lanes=16, crop_area=0.6, eval_crop=1.0, threads=1),
+    optim=Optim(lr=2e-3, warmup=100, weight_decay=0.05),
+    objective="softmax",
+    smoothing=0.1,
+    epochs=3,
+    batch=128,
+    zero=2,
+    precision="fp32",
+    save_every=200,
+)

@@ -1,0 +1,1 @@
+"""What is written to MLflow and read from it; the one door to mlflow."""

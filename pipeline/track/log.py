@@ -1,0 +1,149 @@
+"""Metrics on their way to MLflow: nothing that was logged is lost, and no step stands there twice.
+
+Training never waits for MLflow. A thread of its own sends; while the server is away it tries again and again, and
+what has not been sent is kept with each checkpoint. A start of the run after a crash logs some steps again: what the
+run already holds is not sent a second time.
+"""
+
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from threading import Condition, Thread
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "vitscale"
+PAUSE_SECONDS = 2.0
+MOST_METRICS = 1000  # what MLflow takes in one request
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured after `step` steps, at `timestamp` milliseconds since 1970."""
+
+    step: int
+    timestamp: int
+    values: dict[str, float]
+
+
+class Log:
+    """Metrics of one MLflow run; `unsent` is what an earlier start could not send."""
+
+    def __init__(self, uri: str, run_id: str, unsent: list[dict[str, Any]]) -> None:
+        self.run_id = run_id
+        self._client = client(uri)
+        self._waiting = deque(Record(**record) for record in unsent)
+        self._held: dict[str, set[int]] = {}
+        self._changed = Condition()
+        self._closed = False
+        self._thread = Thread(target=self._send_all, daemon=True, name="mlflow")
+        self._thread.start()
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Log `values` for `step`; returns at once."""
+        with self._changed:
+            self._waiting.append(Record(step, round(time.time() * 1000), values))
+            self._changed.notify()
+
+    def unsent(self) -> list[dict[str, Any]]:
+        """What MLflow does not have yet, to be kept."""
+        with self._changed:
+            return [asdict(record) for record in self._waiting]
+
+    def close(self, seconds: float) -> list[dict[str, Any]]:
+        """Give the sending so many seconds to finish; returns what is left unsent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(seconds)
+        return self.unsent()
+
+    def _send_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                sending = self._some()
+            try:
+                self._send(sending)
+            except Exception:  # whatever it is, training goes on and the records stay
+                time.sleep(PAUSE_SECONDS)
+                continue
+            with self._changed:
+                for _ in sending:
+                    self._waiting.popleft()
+
+    def _some(self) -> list[Record]:
+        """The first records, as many as one request can hold."""
+        taken: list[Record] = []
+        count = 0
+        for record in self._waiting:
+            count += len(record.values)
+            if taken and count > MOST_METRICS:
+                break
+            taken.append(record)
+        return taken
+
+    def _send(self, records: list[Record]) -> None:
+        """Send what the run does not hold yet. Sending the very same record twice does no harm: MLflow keeps one."""
+        metrics = [
+            Metric(name, value, record.timestamp, record.step)
+            for record in records
+            for name, value in record.values.items()
+            if record.step not in self._steps_of(name)
+        ]
+        if metrics:
+            self._client.log_batch(self.run_id, metrics=metrics)
+
+    def _steps_of(self, name: str) -> set[int]:
+        """Steps at which the run held the metric when this start began."""
+        if name not in self._held:
+            self._held[name] = {metric.step for metric in self._client.get_metric_history(self.run_id, name)}
+        return self._held[name]
+
+
+def client(uri: str) -> MlflowClient:
+    """A client that gives up on a server soon; whoever uses it tries again itself."""
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(1)
+    MLFLOW_HTTP_REQUEST_TIMEOUT.set(10)
+    return MlflowClient(uri)
+
+
+def begin(uri: str, name: str, tags: dict[str, str], params: dict[str, Any], *, same: str, parent: str = "") -> str:
+    """The id of the MLflow run whose tag `same` has the value in `tags`: found, or made with name, tags and params."""
+    mlflow = client(uri)
+    experiment = _experiment(mlflow)
+    found = mlflow.search_runs([experiment], f"tags.`{same}` = '{tags[same]}'", max_results=1)
+    if found:
+        mlflow.update_run(found[0].info.run_id, status="RUNNING")
+        return found[0].info.run_id
+    all_tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
+    run_id = mlflow.create_run(experiment, run_name=name, tags=all_tags).info.run_id
+    pairs = [Param(key, str(value)[:500]) for key, value in params.items()]
+    mlflow.log_batch(run_id, params=pairs)
+    return run_id
+
+
+def end(uri: str, run_id: str, *, failed: bool = False, tags: dict[str, str] | None = None) -> None:
+    """Say in MLflow that a run has ended."""
+    mlflow = client(uri)
+    if tags:
+        mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    mlflow.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+def _experiment(mlflow: MlflowClient) -> str:
+    if found := mlflow.get_experiment_by_name(EXPERIMENT):
+        return found.experiment_id
+    try:
+        return mlflow.create_experiment(EXPERIMENT)
+    except MlflowException:  # somebody else has just made it
+        found = mlflow.get_experiment_by_name(EXPERIMENT)
+        if not found:
+            raise
+        return found.experiment_id

@@ -1,0 +1,34 @@
+"""How good a model is on a set of pictures: every picture counts once."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.data.loader import Batch
+from pipeline.objectives.classify import correct, loss
+from pipeline.train.loop import to_device
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], config: Config, device: torch.device, total: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """`accuracy` (share of pictures whose likeliest class is a label of theirs) and `loss`, over all pictures.
+
+    Each process gives its share of the batches; `total` sums over the processes.
+    """
+    training, dtype = model.training, next(model.parameters()).dtype
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in batches:
+        images, labels = to_device(batch, device)
+        logits = model(images.to(dtype))
+        value = loss(logits, labels, config.objective, config.smoothing)
+        sums += torch.stack(
+            [correct(logits, labels).sum(), value * len(labels), value.new_tensor(len(labels))]
+        ).double()
+    model.train(training)
+    right, losses, count = total(sums).tolist()
+    return {"accuracy": right / count, "loss": losses / count, "count": count}

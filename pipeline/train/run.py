@@ -1,0 +1,273 @@
+"""A run, put together: what it is, what its folder holds, and what each of its processes does."""
+
+import json
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.config import Config, differences, from_dict, to_dict
+from pipeline.data.loader import Feed, feed
+from pipeline.data.plan import Order
+from pipeline.models import flops
+from pipeline.models.vit import VisionTransformer, initialise
+from pipeline.objectives.classify import HEAD_BIAS
+from pipeline.seed import number
+from pipeline.track.log import Log
+from pipeline.track.metrics import mfu, peak_flops
+from pipeline.train.checkpoint import Checkpoints, complete
+from pipeline.train.engine import Engine
+from pipeline.train.evaluate import evaluate
+from pipeline.train.loop import train
+from pipeline.world import World
+from shards.manifest import ShardSet
+from shards.progress import Progress
+from shards.storage import Folder
+
+CONFIG = "config.json"
+ABOUT = "about.json"
+EXPORT = "export"
+UNSENT = "metrics-unsent.json"
+FLUSH_SECONDS = 60.0
+
+# What may differ from one start of a run to the next: it decides nothing that the run computes. Where the pictures
+# are may change, since the digest of what they are stands beside it.
+FREE = {f"data.{name}" for name in ("shards", "validation", "samples", "threads", "cache", "cache_gigabytes")} | {
+    "keep"
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each process of a run has to know."""
+
+    config: Config
+    folder: str
+    tracking_uri: str
+    mlflow_run: str
+    name: str
+
+
+def refuse_misfits(config: Config, processes: int) -> tuple[ShardSet, ShardSet | None]:
+    """The sets to train and validate on, or ValueError: all that can be known before a machine is asked for."""
+    config.check(processes)
+    if not config.data.shards:
+        raise ValueError("data.shards is empty: give the folder or URL of a shard set (made by jobs/prepare.py)")
+    training = ShardSet(config.data.shards)
+    validation = ShardSet(config.data.validation) if config.data.validation else None
+    for shards in filter(None, (training, validation)):
+        classes = len(shards.manifest.classes)
+        if classes != config.classes:
+            raise ValueError(f"{shards.folder.absolute} has {classes} classes, the run {config.classes}")
+    samples = training.manifest.samples
+    Order(tuple(training.counts.tolist()), config.data.lanes, config.data.window, config.seed)
+    if config.steps(samples) < 1:
+        raise ValueError(f"{config.epochs:g} epochs of {samples:,} pictures are not one step of {config.batch}")
+    return training, validation
+
+
+def open_folder(config: Config, url: str, data_roots: dict[str, str]) -> Folder:
+    """The run's folder, with its configuration in it; ValueError where it holds another run, with what differs."""
+    folder = Folder(Folder(url).absolute)
+    folder.check_writable()
+    folder.create(CONFIG, json.dumps(to_dict(config), indent=1).encode())
+    about = {"code": code_version(), "data": data_roots}
+    folder.create(ABOUT, json.dumps(about, indent=1).encode())
+    theirs = from_dict(json.loads(folder.read(CONFIG)))
+    found = [line for line in differences(config, theirs) if line.split(":")[0] not in FREE]
+    roots = json.loads(folder.read(ABOUT))["data"]
+    found += [
+        f"data root of {k}: {data_roots.get(k)} != {roots.get(k)}" for k in roots if roots[k] != data_roots.get(k)
+    ]
+    if found:
+        raise ValueError(f"{folder.absolute} holds another run; these fields differ: {'; '.join(found)}")
+    return folder
+
+
+def finished(folder: Folder) -> dict[str, Any] | None:
+    """What the export says of itself, where the run has come to its end."""
+    try:
+        return json.loads((folder / EXPORT).read("model.json"))
+    except FileNotFoundError:
+        return None
+
+
+def code_version() -> str:
+    """The commit of the code, marked where the tree differs from it; jobs are told by `VITSCALE_CODE`."""
+    if "VITSCALE_CODE" in environ:
+        return environ["VITSCALE_CODE"]
+    root = Path(__file__).parents[2]
+    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def build(config: Config) -> VisionTransformer:
+    """The run's model with its initial weights, the same on every process."""
+    model = VisionTransformer(config.model, config.classes)
+    head_bias = HEAD_BIAS if config.objective == "sigmoid" else 0.0
+    initialise(model, torch.Generator().manual_seed(number("weights", config.seed)), head_bias=head_bias)
+    return model
+
+
+def work(job: Job, world: World, device: torch.device, say: Callable[[str], None]) -> None:
+    """What one process does, from what the folder holds to the end of the run."""
+    config, folder = job.config, Folder(job.folder)
+    training, validation = refuse_misfits(config, world.size)
+    samples = training.manifest.samples
+    steps = config.steps(samples)
+    engine = Engine(config, build(config), world, device)
+    start, attempt = engine.agree(([0, *complete(folder)][-1], uuid.uuid4().hex[:8]))
+    checkpoints = Checkpoints(folder, world, attempt, keep=config.keep)
+    record = checkpoints.restore(start, engine) if start else {}
+    if start and world.first:
+        say(f"{job.name}: goes on after step {start:,} of {steps:,}")
+    order = Order(tuple(training.counts.tolist()), config.data.lanes, config.data.window, config.seed)
+    pictures = feed(training, config)
+    test = feed(validation, config) if validation else None
+    log = Log(job.tracking_uri, job.mlflow_run, record.get("metrics", [])) if world.first else None
+    meter = Meter(config, engine, pictures, log, Progress(job.name, steps, "steps", say=say), samples)
+    meter.progress.update(start)
+
+    def validate(done: int) -> None:
+        meter.emit(done)
+        if test:
+            batches = test.evaluation(world, config.micro(world.size), crop=config.data.eval_crop)
+            meter.validated(done, evaluate(engine.model, batches, config, device, engine.sum))
+
+    def keep(done: int) -> None:
+        meter.emit(done)
+        checkpoints.save(done, engine, lambda: {"metrics": log.unsent()} if log else {})
+
+    train(
+        config,
+        engine,
+        pictures.training(config, order, world, start, steps),
+        samples=samples,
+        start=start,
+        log=meter.log,
+        validate=validate,
+        save=keep,
+    )
+    checkpoints.wait()
+    for used in filter(None, (pictures, test)):
+        used.close()
+    weights = engine.weights()
+    if log:
+        export(folder, config, weights, {"data_root": training.manifest.root, "steps": steps, **meter.last})
+        flush(folder, log)
+
+
+def flush(folder: Folder, log: Log) -> None:
+    """Send what is left to MLflow; what it does not take stays in the run's folder for the next start."""
+    if left := log.close(FLUSH_SECONDS):
+        folder.write(UNSENT, json.dumps({"mlflow_run": log.run_id, "records": left}).encode())
+    else:
+        folder.remove(UNSENT)
+
+
+def finish_metrics(folder: Folder, uri: str) -> None:
+    """Send what a finished run could not send, if anything is left of it."""
+    if folder.exists(UNSENT):
+        left = json.loads(folder.read(UNSENT))
+        flush(folder, Log(uri, left["mlflow_run"], left["records"]))
+
+
+def export(folder: Folder, config: Config, weights: dict[str, Tensor], metrics: dict[str, Any]) -> None:
+    """The model as others use it: safetensors, and a description that is written last."""
+    data = save(weights)
+    place = folder / EXPORT
+    place.write("model.safetensors", data)
+    about = {
+        "format": 1,
+        "digest": sha256(data).hexdigest(),
+        "architecture": "vit",
+        "model": asdict(config.model),
+        "classes": config.classes,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "metrics": metrics,
+        "config": to_dict(config),
+    }
+    place.write("model.json", json.dumps(about, indent=1).encode())
+
+
+class Meter:
+    """What is measured of a run, as means over the steps from one line of the log to the next."""
+
+    def __init__(
+        self, config: Config, engine: Engine, pictures: Feed, log: Log | None, progress: Progress, samples: int
+    ) -> None:
+        self.config, self.engine, self.pictures, self.log_, self.progress = config, engine, pictures, log, progress
+        self.samples = samples
+        self.last: dict[str, float] = {}
+        self.macs = flops.macs(config.model, config.classes)
+        device = engine.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak = peak * engine.world.size if peak else None
+        self._restart()
+
+    def _restart(self) -> None:
+        self._values: list[dict[str, float | Tensor]] = []
+        self._began, self._waited = time.perf_counter(), self.pictures.waited
+
+    def log(self, done: int, values: dict[str, float | Tensor]) -> None:
+        """Take what a step gave; it is looked at when a line is due."""
+        self._values.append(values)
+        if done % self.config.log_every == 0:
+            self.emit(done)
+
+    def emit(self, done: int) -> None:
+        """Log the means since the last line, if there is anything; every process has to call."""
+        if not self._values:
+            return
+        sums = torch.stack([torch.as_tensor(v["loss"], dtype=torch.float32) for v in self._values]).mean()
+        loss = float(self.engine.mean(sums.to(self.engine.device)))
+        seconds = time.perf_counter() - self._began
+        if self.log_:
+            rate = len(self._values) * self.config.batch / seconds
+            norms = torch.stack([torch.as_tensor(v["gradient_norm"]) for v in self._values])
+            wait = (self.pictures.waited - self._waited) / seconds
+            line = {
+                "loss": loss,
+                "lr": float(self._values[-1]["lr"]),
+                "gradient_norm": float(norms.mean()),
+                "pictures_per_second": rate,
+                "data_wait_share": wait,
+                **self._so_far(done),
+            }
+            if self.peak:
+                line["mfu"] = mfu(rate, self.macs, self.peak)
+            self.log_.add(done, line)
+            self.progress.update(
+                done, epoch=f"{line['epoch']:.2f}", loss=f"{loss:.4f}", pictures=f"{rate:,.0f}/s",
+                waiting_for_data=f"{100 * wait:.1f} %",
+            )  # fmt: skip
+        self._restart()
+
+    def validated(self, done: int, values: dict[str, float]) -> None:
+        """Log the result of a validation."""
+        self.last = {"val_accuracy": values["accuracy"], "val_loss": values["loss"], **self._so_far(done)}
+        if self.log_:
+            self.log_.add(done, {name: self.last[name] for name in ("val_accuracy", "val_loss")})
+            self.progress.say(
+                f"{self.progress.what}: after epoch {self.last['epoch']:.2f} val accuracy "
+                f"{100 * values['accuracy']:.2f} %, val loss {values['loss']:.4f}"
+            )
+        self._restart()
+
+    def _so_far(self, done: int) -> dict[str, float]:
+        pictures = done * self.config.batch
+        exaflops = flops.training_exaflops(self.config.model, self.config.classes, pictures)
+        return {"epoch": pictures / self.samples, "exaflops": exaflops}

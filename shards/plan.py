@@ -1,0 +1,41 @@
+"""Which picture goes to which shard, and to which place in it: pure, and worked out for one shard at a time."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.chance import permuted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`samples` pictures in an order that `shuffle` decides, cut into equal shards of about `samples_per_shard`."""
+
+    samples: int
+    samples_per_shard: int
+    shuffle: str
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError("there are no pictures to put into shards")
+        if self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {self.samples_per_shard}; at least 1 is needed")
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return max(1, round(self.samples / self.samples_per_shard))
+
+    def numbers(self, shard: int) -> NDArray[np.int64]:
+        """The pictures of a shard, by their number in the source, in the order of the tar.
+
+        Every picture is in exactly one shard; the sizes of two shards differ by one at most.
+        """
+        first, end = (self.samples * edge // self.shards for edge in (shard, shard + 1))
+        return permuted(np.arange(first, end), self.samples, "shards", self.shuffle)
+
+
+def shard_name(shard: int) -> str:
+    """The file of a shard."""
+    return f"{shard:06}.tar"
