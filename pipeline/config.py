@@ -98,7 +98,7 @@ class Config:
     batch: int = 4096
     """Pictures for one step of the optimizer, on all processes together."""
     micro_batch: int = 64
-    """Pictures for one forward pass of one process, or fewer where its share of the batch is smaller."""
+    """The most pictures for one forward pass of one process; how many there are decides no more than rounding."""
     zero: Literal[0, 1, 2] = 2
     """Stage of DeepSpeed's ZeRO."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -115,8 +115,9 @@ class Config:
         return int(self.epochs * samples / self.batch)
 
     def micro(self, processes: int) -> int:
-        """Pictures of one forward pass of one of the processes."""
-        return min(self.micro_batch, self.batch // processes)
+        """Pictures of one forward pass of one of the processes: as many as divide its share of the batch."""
+        share = self.batch // processes
+        return next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
 
     def passes(self, processes: int) -> int:
         """Forward passes that each process makes for one step."""
@@ -140,12 +141,6 @@ class Config:
             raise ValueError(
                 f"{lanes} lanes do not divide over {processes} processes: {_either(_divisors_near(lanes, processes))} "
                 f"processes would do, or data.lanes of {_either([processes * (lanes // processes + 1)])}"
-            )
-        share = batch // processes
-        if share % self.micro(processes):
-            raise ValueError(
-                f"{share} pictures a process do not divide into passes of micro_batch {self.micro_batch}: "
-                f"{_either(_divisors_near(share, self.micro_batch))} would do"
             )
         if self.zero == 0 and self.precision == "bf16":
             raise ValueError("zero 0 keeps no fp32 gradients beside bf16 weights: use zero 1 or 2, or precision fp32")

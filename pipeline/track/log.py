@@ -129,6 +129,47 @@ def begin(uri: str, name: str, tags: dict[str, str], params: dict[str, Any], *, 
     return run_id
 
 
+class Trials:
+    """The children of a pretraining run in MLflow: each trial once."""
+
+    def __init__(self, uri: str, checkpoint: str) -> None:
+        self._client = client(uri)
+        self._experiment = _experiment(self._client)
+        found = self._find(f"tags.`vitscale.kind` = 'pretrain' and tags.`vitscale.checkpoint` = '{checkpoint}'")
+        self.parent = found[0].info.run_id if found else ""
+        children = self._find(f"tags.`mlflow.parentRunId` = '{self.parent}'") if self.parent else self._orphans()
+        self._there = {run.data.tags.get("vitscale.trial") for run in children if run.info.status == "FINISHED"}
+
+    def add(self, name: str, title: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Log a trial's result, unless it is there."""
+        if name in self._there:
+            return
+        tags = {"vitscale.kind": "trial", "vitscale.trial": name}
+        if self.parent:
+            tags["mlflow.parentRunId"] = self.parent
+        run_id = self._client.create_run(self._experiment, run_name=title, tags=tags).info.run_id
+        now = round(time.time() * 1000)
+        self._client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+            params=[Param(key, str(value)[:500]) for key, value in params.items()],
+        )
+        self._client.set_terminated(run_id)
+        self._there.add(name)
+
+    def _orphans(self) -> list[Any]:
+        found = self._find("tags.`vitscale.kind` = 'trial'")
+        return [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+
+    def _find(self, query: str) -> list[Any]:
+        found, token = [], None
+        while True:
+            page = self._client.search_runs([self._experiment], query, max_results=1000, page_token=token)
+            found += page
+            if not (token := page.token):
+                return found
+
+
 def end(uri: str, run_id: str, *, failed: bool = False, tags: dict[str, str] | None = None) -> None:
     """Say in MLflow that a run has ended."""
     mlflow = client(uri)

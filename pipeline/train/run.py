@@ -1,20 +1,18 @@
 """A run, put together: what it is, what its folder holds, and what each of its processes does."""
 
 import json
-import subprocess
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from os import environ
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline import code
 from pipeline.config import Config, differences, from_dict, to_dict
 from pipeline.data.loader import Feed, feed
 from pipeline.data.plan import Order
@@ -80,7 +78,7 @@ def open_folder(config: Config, url: str, data_roots: dict[str, str]) -> Folder:
     folder = Folder(Folder(url).absolute)
     folder.check_writable()
     folder.create(CONFIG, json.dumps(to_dict(config), indent=1).encode())
-    about = {"code": code_version(), "data": data_roots}
+    about = {"code": code.version(), "data": data_roots}
     folder.create(ABOUT, json.dumps(about, indent=1).encode())
     theirs = from_dict(json.loads(folder.read(CONFIG)))
     found = [line for line in differences(config, theirs) if line.split(":")[0] not in FREE]
@@ -99,18 +97,6 @@ def finished(folder: Folder) -> dict[str, Any] | None:
         return json.loads((folder / EXPORT).read("model.json"))
     except FileNotFoundError:
         return None
-
-
-def code_version() -> str:
-    """The commit of the code, marked where the tree differs from it; jobs are told by `VITSCALE_CODE`."""
-    if "VITSCALE_CODE" in environ:
-        return environ["VITSCALE_CODE"]
-    root = Path(__file__).parents[2]
-    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def build(config: Config) -> VisionTransformer:

@@ -1,0 +1,148 @@
+"""Training survives: real DeepSpeed on gloo, real processes, killed with SIGKILL."""
+
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from pipeline.track import log
+from pipeline.train.run import open_folder
+from shards.manifest import ShardSet
+from shards.storage import Folder
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+STEPS = 20  # 32 pictures for 10 epochs in batches of 16
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    tiny.shard_set(folder / "set")
+    return folder
+
+
+def start(
+    place: Path, name: str, *, processes: int, kill_at: int | None = None, dropout: float = 0.1, **changes: object
+) -> tuple[int, Path, str]:
+    """Run in the folder `name`; returns the exit code, the folder and the MLflow run."""
+    folder, shards = place / name, ShardSet(str(place / "set"))
+    uri = f"sqlite:///{place}/mlflow.db"
+    config = tiny.config(shards, **changes)
+    config = replace(config, model=replace(config.model, dropout=dropout))
+    open_folder(config, str(folder), {"training": shards.manifest.root})
+    mlflow_run = log.begin(uri, name, {"vitscale.folder": str(folder)}, {}, same="vitscale.folder")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "tests.process", str(folder), uri]
+    command += [mlflow_run, *([] if kill_at is None else [str(kill_at)])]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    if kill_at is None:
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.returncode, folder, mlflow_run
+
+
+def losses(place: Path, mlflow_run: str) -> list[float]:
+    """The loss of each step as MLflow has it; every step has to be there once."""
+    held = MlflowClient(f"sqlite:///{place}/mlflow.db").get_metric_history(mlflow_run, "loss")
+    held.sort(key=lambda metric: metric.step)
+    assert [metric.step for metric in held] == list(range(1, STEPS + 1))
+    return [metric.value for metric in held]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def furthest(ours: Path, theirs: Path) -> float:
+    a, b = weights(ours), weights(theirs)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> dict[int, tuple[Path, str]]:
+    """By ZeRO stage, a run that nobody disturbs: its folder and MLflow run."""
+    return {zero: start(place, f"quiet-{zero}", processes=2, zero=zero)[1:] for zero in (0, 1, 2)}
+
+
+@pytest.fixture(scope="module")
+def quiet(undisturbed: dict[int, tuple[Path, str]]) -> Path:
+    return undisturbed[2][0]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_twenty_steps_are_seven_and_a_kill_and_thirteen_whatever_the_zero_stage(
+    place: Path, undisturbed: dict[int, tuple[Path, str]], zero: int
+) -> None:
+    code, folder, _ = start(place, f"killed-{zero}", processes=2, zero=zero, kill_at=10)
+    assert code != 0 and not (folder / "export").exists()
+    _, folder, mlflow_run = start(place, f"killed-{zero}", processes=2, zero=zero)
+    assert furthest(undisturbed[zero][0], folder) == 0.0
+    assert losses(place, mlflow_run) == losses(place, undisturbed[zero][1])
+
+
+def test_every_zero_stage_has_the_same_losses(place: Path, undisturbed: dict[int, tuple[Path, str]]) -> None:
+    theirs = losses(place, undisturbed[2][1])
+    for zero in (0, 1):
+        assert losses(place, undisturbed[zero][1]) == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_run_goes_on_with_any_number_of_processes_as_if_it_had_had_them_from_the_start(place: Path) -> None:
+    # without dropout, which every process draws for itself
+    alone = losses(place, start(place, "alone", processes=1, dropout=0.0)[2])
+    start(place, "elastic", processes=2, dropout=0.0, kill_at=8)
+    start(place, "elastic", processes=1, dropout=0.0, kill_at=16)
+    _, _, mlflow_run = start(place, "elastic", processes=4, dropout=0.0)
+    assert losses(place, mlflow_run) == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_folder_with_another_run_is_refused_naming_what_differs(place: Path, tmp_path: Path) -> None:
+    shards = ShardSet(str(place / "set"))
+    config, roots = tiny.config(shards), {"training": shards.manifest.root}
+    open_folder(config, str(tmp_path), roots)
+    open_folder(replace(config, data=replace(config.data, threads=7)), str(tmp_path), roots)
+    other = replace(config, seed=5, optim=replace(config.optim, lr=0.5))
+    with pytest.raises(
+        ValueError, match=r"holds another run; these fields differ: optim.lr: 0.5 != 0.01; seed: 5 != 0"
+    ):
+        open_folder(other, str(tmp_path), roots)
+    with pytest.raises(ValueError, match="data root of training"):
+        open_folder(config, str(tmp_path), {"training": "0" * 64})
+
+
+def test_a_checkpoint_that_was_not_completed_is_never_taken(place: Path, quiet: Path) -> None:
+    copy = place / "half"
+    shutil.copytree(quiet, copy)
+    shutil.rmtree(copy / "export")
+    newest = sorted((copy / "checkpoints").iterdir())[-1]
+    (newest / "complete.json").unlink()
+    start(place, "half", processes=2)
+    assert furthest(quiet, copy) == 0.0
+
+
+def test_a_damaged_checkpoint_is_named(place: Path, quiet: Path) -> None:
+    copy = place / "damaged"
+    shutil.copytree(quiet, copy)
+    shutil.rmtree(copy / "export")
+    broken = next(sorted((copy / "checkpoints").iterdir())[-1].glob("part-00001*.safetensors"))
+    data = bytearray(broken.read_bytes())
+    data[-1] ^= 1
+    broken.write_bytes(data)
+    with pytest.raises(AssertionError, match=rf"{broken.name} is damaged"):
+        start(place, "damaged", processes=2)
+
+
+def test_an_unwritable_target_is_refused_before_anything_starts() -> None:
+    with pytest.raises(OSError, match="cannot write to /proc/vitscale"):
+        Folder("/proc/vitscale").check_writable()
