@@ -27,7 +27,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def parse(kind: type[Kind], argv: Sequence[str], *, default: Kind | None = None) -> Kind:
-    """The dataclass `kind` from a command line, over the values of `default`; ValueError, of one line, for a mistake."""
+    """The dataclass `kind` from a command line, over the values of `default`; ValueError, of a line, for a mistake."""
     heard = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:
@@ -47,7 +47,7 @@ def _unboxed(text: str) -> str:
     lines = [re.sub(r"^[\u2500-\u257f\s]+|[\u2500-\u257f\s]+$", "", line) for line in text.splitlines()]
     said = [line for line in lines if line and not line.startswith("For full helptext")]
     said = list(itertools.takewhile(lambda line: not line.startswith("Argument helptext"), said))
-    return "; ".join(said[1:] if len(said) > 1 else said) or "the command line is wrong"
+    return " ".join(said[1:] if len(said) > 1 else said) or "the command line is wrong"
 
 
 def _unknown(kind: type, option: str) -> str:

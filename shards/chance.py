@@ -13,14 +13,22 @@ _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def bits(counter: ArrayLike, *words: object) -> NDArray[np.uint64]:
-    """64 random bits for each number of `counter`, decided by it and by the words.
+def number(*words: object) -> int:
+    """63 bits that depend on every word and on their order.
 
-    The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on a key from BLAKE2b.
+    Words are joined by a character that does not occur in them: ("a", "b") and ("ab",) differ.
     """
     text = "\x1f".join(str(word) for word in words)
-    key = np.uint64(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
-    state = key + (np.asarray(counter, np.uint64) + np.uint64(1)) * _GOLDEN
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def mixed(key: ArrayLike, counter: ArrayLike) -> NDArray[np.uint64]:
+    """64 random bits for each pair of `key` and `counter`, broadcast against each other.
+
+    The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), written out here because the order of a
+    corpus must not change with a release of a library.
+    """
+    state = np.asarray(key, np.uint64) + (np.asarray(counter, np.uint64) + np.uint64(1)) * _GOLDEN
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
@@ -47,5 +55,5 @@ def _feistel(values: NDArray[np.uint64], half: int, words: tuple[object, ...]) -
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     left, right = values >> shift, values & mask
     for turn in range(_ROUNDS):
-        left, right = right, left ^ (bits(right, *words, turn) & mask)
+        left, right = right, left ^ (mixed(number(*words, turn), right) & mask)
     return (left << shift) | right

@@ -3,10 +3,13 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 # What a job was told through its environment and its workers have to know too.
 PASSED_ON = (
@@ -54,3 +57,35 @@ def require(needed: Mapping[str, float], what: str, *, wait_s: float = 0.0) -> N
             has = ", ".join(f"{there.get(name, 0):g} {name}" for name in needed)
             raise ValueError(f"{what} needs {asked}; the cluster has {has}")
         time.sleep(min(1.0, wait_s))
+
+
+def each(
+    work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *, cpus: float = 1.0, every: float = 1.0
+) -> Iterator[list[Any]]:
+    """What `work(*argument)` returns for each argument, in the order in which tasks end.
+
+    Yields at least once in `every` seconds, an empty list where nothing has ended. Twice as many tasks as there is
+    room for are submitted, so that arguments are made no sooner than needed. A task whose machine or storage failed is
+    run again, three times; what `work` itself raises is raised here, and the other tasks are cancelled.
+    """
+    options = {"num_cpus": cpus, "max_retries": 3, "retry_exceptions": [OSError], "scheduling_strategy": "SPREAD"}
+    task: Any = ray.remote(**options)(work)
+    left, running = iter(arguments), []
+    try:
+        while True:
+            room = max(2, round(2 * ray.cluster_resources().get("CPU", 1.0) / cpus))
+            running += [task.remote(*argument) for argument in islice(left, room - len(running))]
+            if not running:
+                return
+            ended, running = ray.wait(running, num_returns=1, timeout=every)
+            yield [_result(reference) for reference in ended]
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error

@@ -101,9 +101,10 @@ class Manifest:
                 index_sha256=values["index_sha256"],
                 refused=values["refused"],
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is not a manifest: {error}") from error
-        if manifest.root != values["root"]:
+            root = values["root"]
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{where} is not a manifest: {type(error).__name__} {error}") from error
+        if manifest.root != root:
             raise ValueError(f"{where} is damaged: its root digest does not fit what it says")
         return manifest
 
@@ -139,18 +140,31 @@ class ShardSet:
                 raise ValueError(f"{self.folder.absolute}/{shard.name} is missing, though the manifest names it")
             if sizes[shard.name] != shard.bytes:
                 raise ValueError(
-                    f"{self.folder.absolute}/{shard.name} has {sizes[shard.name]} bytes, not the manifest's {shard.bytes}"
+                    f"{self.folder.absolute}/{shard.name} has {sizes[shard.name]} bytes, "
+                    f"not the manifest's {shard.bytes}"
                 )
         if INDEX not in sizes:
             raise ValueError(f"{self.folder.absolute}/{INDEX} is missing")
 
     @cached_property
     def _index(self) -> pq.ParquetFile:
+        where = f"{self.folder.absolute}/{INDEX}"
+        try:
+            index = self._open_index(where)
+        except pa.ArrowException as error:
+            raise ValueError(f"{where} is damaged: {error}") from error
+        if index.num_row_groups != len(self.manifest.shards):
+            raise ValueError(
+                f"{where} has {index.num_row_groups} row groups, the manifest names {len(self.manifest.shards)} shards"
+            )
+        return index
+
+    def _open_index(self, where: str) -> pq.ParquetFile:
         if self.folder.local:
             return pq.ParquetFile(self.folder.local / INDEX, memory_map=True)
         data = self.folder.read(INDEX)
         if sha256(data).hexdigest() != self.manifest.index_sha256:
-            raise ValueError(f"{self.folder.absolute}/{INDEX} is damaged: its digest is not that of the manifest")
+            raise ValueError(f"{where} is damaged: its digest is not that of the manifest")
         return pq.ParquetFile(BytesIO(data))
 
     @cached_property

@@ -32,8 +32,14 @@ class Plan:
 
         Every picture is in exactly one shard; the sizes of two shards differ by one at most.
         """
-        first, end = (self.samples * edge // self.shards for edge in (shard, shard + 1))
-        return permuted(np.arange(first, end), self.samples, "shards", self.shuffle)
+        return permuted(np.arange(self._first(shard), self._first(shard + 1)), self.samples, "shards", self.shuffle)
+
+    def size(self, shard: int) -> int:
+        """How many pictures a shard has."""
+        return self._first(shard + 1) - self._first(shard)
+
+    def _first(self, shard: int) -> int:
+        return self.samples * shard // self.shards
 
 
 def shard_name(shard: int) -> str:

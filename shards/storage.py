@@ -6,14 +6,40 @@ since closing one after an exception commits what had been written so far.
 """
 
 import os
+import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Bursts of refusals are waited out; a store that is not there is given up within a minute.
+_S3_PATIENCE = {"retries": {"max_attempts": 8, "mode": "standard"}, "connect_timeout": 10, "read_timeout": 60}
+
+# Names that `_Aside` gives to what is not yet whole.
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def _reached(method: Method) -> Method:
+    """What an object store's client raises, and what nobody else knows, as an OSError that names the place."""
+
+    @wraps(method)
+    def reached(*given: Any, **named: Any) -> Any:
+        try:
+            return method(*given, **named)
+        except Exception as error:
+            if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+                raise
+            raise OSError(f"{given[0]} cannot be reached: {error}") from error
+
+    return reached  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -25,7 +51,7 @@ class Folder:
     @cached_property
     def place(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """The file system and the path in it."""
-        options = {"config_kwargs": {"retries": {"max_attempts": 10, "mode": "standard"}}} if self._s3 else {}
+        options = {"config_kwargs": _S3_PATIENCE} if self._s3 else {}
         # Listings are not kept: other processes write to the same place.
         return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
 
@@ -44,16 +70,21 @@ class Folder:
         """The URL as it reads from any working directory."""
         return str(self.local) if self.local else self.url.rstrip("/")
 
+    def __str__(self) -> str:
+        return self.absolute
+
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.absolute}/{name}")
 
     def _at(self, name: str) -> str:
         return f"{self.place[1].rstrip('/')}/{name}"
 
+    @_reached
     def exists(self, name: str) -> bool:
         """Whether `name` is there, as a file or as the start of other names."""
         return self.place[0].exists(self._at(name))
 
+    @_reached
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of `name` from `start` to `end`; FileNotFoundError names the whole URL."""
         try:
@@ -63,6 +94,7 @@ class Folder:
         assert isinstance(data, bytes)
         return data
 
+    @_reached
     def write(self, name: str, data: bytes) -> None:
         """Put `data` under `name`, all or nothing, over what is there."""
         if self.local:
@@ -71,6 +103,7 @@ class Folder:
         else:
             self.place[0].pipe_file(self._at(name), data)
 
+    @_reached
     def create(self, name: str, data: bytes) -> bool:
         """Put `data` under `name` unless it is there; of several who try, one is told True."""
         if self.local:
@@ -85,6 +118,7 @@ class Folder:
             raise
         return True
 
+    @_reached
     def put(self, source: Path, name: str) -> None:
         """Copy the local file `source` to `name`, all or nothing."""
         if self.local:
@@ -93,31 +127,52 @@ class Folder:
         else:
             self.place[0].put_file(str(source), self._at(name))
 
+    @_reached
     def get(self, name: str, target: Path) -> None:
         """Copy `name` to the local file `target`."""
         target.parent.mkdir(parents=True, exist_ok=True)
         self.place[0].get_file(self._at(name), str(target))
 
+    @_reached
     def sizes(self) -> dict[str, int]:
         """Bytes of every file directly in the folder, by name; empty where there is no such folder."""
         try:
             listed = self.place[0].ls(self.place[1], detail=True)
         except FileNotFoundError:
             return {}
-        return {e["name"].rstrip("/").rsplit("/", 1)[-1]: int(e["size"] or 0) for e in listed if e["type"] == "file"}
+        # A bucket may hold an empty object for the folder itself, which is listed as a file in it.
+        inside = [entry for entry in listed if entry["name"].rstrip("/") != self.place[1].rstrip("/")]
+        found = {_last(entry["name"]): int(entry["size"] or 0) for entry in inside if entry["type"] == "file"}
+        return {name: size for name, size in found.items() if not _ASIDE.fullmatch(name)}
 
+    @_reached
+    def size(self, name: str) -> int | None:
+        """Bytes of the file `name`, None where it is not there."""
+        try:
+            return int(self.place[0].info(self._at(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    @_reached
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, in order."""
         try:
             listed = self.place[0].ls(self.place[1], detail=True)
         except FileNotFoundError:
             return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in listed if e["type"] == "directory")
+        return sorted(_last(entry["name"]) for entry in listed if entry["type"] == "directory")
 
+    @_reached
     def remove(self, name: str) -> None:
         """Remove a file or a whole folder; nothing happens where it is not there."""
         if self.exists(name):
             self.place[0].rm(self._at(name), recursive=True)
+
+    def sweep(self) -> None:
+        """Remove the unfinished files of writers that were killed; only for who knows that nobody writes here now."""
+        for path in self.local.glob(".*") if self.local else ():
+            if _ASIDE.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def check_writable(self) -> None:
         """Raise OSError, naming the folder, unless a file can be written here."""
@@ -164,6 +219,10 @@ class _Aside:
             pass
         finally:
             self.aside.unlink(missing_ok=True)
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def digest(path: Path) -> str:

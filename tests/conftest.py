@@ -1,1 +1,100 @@
 """What several tests share."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import fsspec
+import pytest
+
+PORTS = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
+FILER = ("filer.port", "filer.port.grpc")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of this session's own, with more workers than this machine has processors."""
+    import ray
+
+    from shards import cluster
+
+    os.environ.pop("RAY_ADDRESS", None)
+    root = str(Path(__file__).resolve().parents[1])
+    settings = {"env_vars": {"PYTHONPATH": root}}
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=settings)
+    cluster.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A SeaweedFS of this session's own, on loopback; the environment by which it is found."""
+    folder = tmp_path_factory.mktemp("s3")
+    user = {"name": "test", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [user]}))
+    ports = dict(zip([*PORTS, *FILER], _free_ports(len(PORTS) + len(FILER)), strict=True))
+    weed = [
+        str(Path(sys.executable).parent / "weed"),
+        "server",
+        "-s3",
+        f"-dir={folder}",
+        f"-s3.config={folder}/s3.json",
+    ]
+    fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    small = ["-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    with (folder / "log").open("wb") as log:
+        command = [*weed, *fixed, *small, *(f"-{name}={port}" for name, port in ports.items())]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    try:
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+        }
+        _make_bucket(environment, folder / "log")
+        yield environment
+    finally:
+        process.kill()  # what it holds is thrown away, and a farewell takes it ten seconds
+        process.wait()
+
+
+@pytest.fixture
+def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The URL of an empty prefix in a bucket of a real S3 server, which this process's environment points to."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{request.node.name.replace('[', '-').replace(']', '')}"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        with closing(each):
+            pass
+    return ports
+
+
+def _make_bucket(environment: dict[str, str], log: Path) -> None:
+    """Wait until the server takes a file."""
+    keys = {"key": environment["AWS_ACCESS_KEY_ID"], "secret": environment["AWS_SECRET_ACCESS_KEY"]}
+    files = fsspec.filesystem("s3", **keys, endpoint_url=environment["AWS_ENDPOINT_URL"], use_listings_cache=False)
+    limit = time.monotonic() + 60
+    while True:
+        try:
+            if not files.exists("bucket"):
+                files.mkdir("bucket")
+            files.pipe_file("bucket/ready", b"yes")
+            return
+        except Exception as error:  # whatever a server says while it starts
+            if time.monotonic() > limit:
+                raise AssertionError(f"no S3 server after a minute; {log} ends: {log.read_text()[-1000:]}") from error
+            time.sleep(0.3)

@@ -49,7 +49,7 @@ def tiny(**changes: object) -> Config:
 @pytest.mark.parametrize(
     ("config", "processes", "said"),
     [
-        (tiny(batch=100), 1, "batch 100 does not divide over 16 lanes: a batch of 96 or 112 would, or data.lanes of 10 or"),
+        (tiny(batch=100), 1, "batch 100 does not divide over 16 lanes: a batch of 96 or 112 would, or data.lanes of"),
         (tiny(), 3, "16 lanes do not divide over 3 processes: 2 or 4 processes would do"),
         (tiny(), 0, "processes is 0"),
         (tiny(batch=0), 1, "batch is 0"),

@@ -1,15 +1,17 @@
 """The data sets that shards can be made of: one small declarative file each, which says `DATASET = Dataset(...)`."""
 
+import hashlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.chance import permuted
-from shards.sources import Pictures
+from shards.sources import Arrays, Pictures
 from shards.storage import Folder
 
 
@@ -63,7 +65,20 @@ def thousand(name: str, split: str, count: int) -> NDArray[np.int64]:
     return permuted(np.arange(count)[slice(*THOUSAND[split])], count, "thousand", name)
 
 
-def no_source(name: str, package: str, source: str) -> None:
-    """Raise ValueError where a source is given for a data set that comes with a package."""
+def packaged(name: str, module: str, package: str, source: str) -> Any:
+    """The module that holds the pictures of data set `name`; ValueError where its package is not installed, or where
+    a source was given, since there is no other."""
     if source:
         raise ValueError(f"{name} comes with the package {package}; it takes no --source (given: {source})")
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} comes with the package {package}: pip install {package}") from error
+
+
+def checked(name: str, arrays: Arrays, sha256: str) -> Arrays:
+    """`arrays`, if the sha256 of its pixels and labels is this; ValueError where they have changed."""
+    found = hashlib.sha256(arrays.pixels.tobytes() + arrays.labels.tobytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{name} has other pictures than it had: sha256 {found}, expected {sha256}")
+    return arrays

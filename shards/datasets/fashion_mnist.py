@@ -24,8 +24,9 @@ FILES = {
 
 def read(split: str, source: str, downloads: Folder) -> Arrays:
     """The pictures of `train` or `test` from `source`, else from Debian's package, else from the public address."""
-    (pictures, labels), digests = FILES[split], tuple(FILES[split].values())
-    pixels, classes = idx.pair(_folder(split, source, downloads), pictures, labels, digests=digests)
+    (pictures, of_pictures), (labels, of_labels) = FILES[split].items()
+    folder = _folder(split, source, downloads)
+    pixels, classes = idx.pair(folder, pictures, labels, digests=(of_pictures, of_labels))
     return Arrays([f"{split}-{number:05}" for number in range(len(pixels))], pixels, classes)
 
 

@@ -7,7 +7,7 @@ equal bins, and its place from top to bottom is none of the label's business.
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.chance import bits
+from shards.chance import mixed, number
 from shards.datasets import Dataset, fashion_mnist, thousand, thousand_splits
 from shards.sources import Arrays
 from shards.storage import Folder
@@ -32,8 +32,8 @@ def read(split: str, source: str, downloads: Folder) -> Arrays:
 
 def offsets(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pixels from the left and from the top, for each picture, by its number in Fashion-MNIST's test set."""
-    across = bits(numbers, "fashion_offset", "across") % np.uint64(BINS * PLACES)
-    down = bits(numbers, "fashion_offset", "down") % np.uint64(CANVAS - SIDE + 1)
+    across = mixed(number("fashion_offset", "across"), numbers) % np.uint64(BINS * PLACES)
+    down = mixed(number("fashion_offset", "down"), numbers) % np.uint64(CANVAS - SIDE + 1)
     return across.astype(np.int64) + MARGIN, down.astype(np.int64)
 
 

@@ -52,7 +52,7 @@ class Arrays:
 
     def take(self, numbers: NDArray[np.int64]) -> "Arrays":
         """The pictures of these numbers, in this order, copied."""
-        return Arrays([self.keys[number] for number in numbers], self.pixels[numbers], self.labels[numbers])
+        return Arrays([self.keys[int(number)] for number in numbers], self.pixels[numbers], self.labels[numbers])
 
     def __iter__(self) -> Iterator[Picture]:
         for key, pixels, label in zip(self.keys, self.pixels, self.labels, strict=True):

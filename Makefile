@@ -1,0 +1,44 @@
+# Everything a newcomer needs: `make demo` shows the whole chain, `make test` checks all there is.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test venv lint types pictures browser benchmarks clean
+
+# The whole chain on real pictures, as Ray jobs on this machine; goes on where it was.
+demo: venv pictures
+	$(BIN)/python jobs/demo.py
+
+# Environment, lint, types and every test.
+test: lint types pictures browser
+	$(BIN)/python -m pytest
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: venv
+	$(BIN)/pyright
+
+# Debian's packages, where they are to be had and may be installed; without them the pictures are downloaded, and the
+# tests that open a page need another Chromium on the PATH.
+pictures:
+	@infra/debian.sh dataset-fashion-mnist /usr/share/datasets/fashion-mnist
+
+browser:
+	@infra/debian.sh chromium /usr/bin/chromium
+
+# Every benchmark, short; each ends with one line of JSON.
+benchmarks: venv
+	for file in benchmarks/[!_]*.py; do $(BIN)/python $$file --quick || exit 1; done
+
+# Removes what the demo has downloaded and made; the environment stays.
+clean:
+	rm -rf demo

@@ -1,0 +1,99 @@
+"""Laws of the command line that all jobs share."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from pipeline.cli import parse, run
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 1e-3
+    end_lr: float = 0.0
+    decay: Literal["linear", "cosine"] = "linear"
+
+
+@dataclass(frozen=True)
+class Everything:
+    optim: Optim = field(default_factory=Optim)
+    batch: int = 8
+    flip: bool = True
+
+
+def test_what_is_not_said_is_as_in_the_default() -> None:
+    default = Everything(Optim(lr=0.5, decay="cosine"), batch=3)
+    assert parse(Everything, [], default=default) == default
+    found = parse(Everything, ["--optim.end-lr", "1e-5", "--no-flip"], default=default)
+    assert found == Everything(Optim(0.5, 1e-5, "cosine"), 3, False)
+
+
+@pytest.mark.parametrize("underscore", ["--optim.end_lr", "--optim.end-lr"])
+def test_every_option_may_be_spelled_as_its_field(underscore: str) -> None:
+    assert parse(Everything, [underscore, "2"]).optim.end_lr == 2.0
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--optim.lrr", "3"], ["--optim.lrr", "--optim.lr", "--optim.end-lr", "--optim.decay"]),
+        (["--optim.lrr=3"], ["--optim.lrr", "--optim.lr", "--optim.end-lr", "--optim.decay"]),
+        (["--bach", "3"], ["--bach", "--batch", "--flip", "--optim"]),
+        (["--opt.lr", "3"], ["--opt.lr", "--batch", "--flip", "--optim"]),
+        (["--batch", "many"], ["--batch", "many"]),
+        (["--optim.lr", "fast"], ["--optim.lr", "fast"]),
+        (["--optim.decay", "sudden"], ["--optim.decay", "sudden", "linear", "cosine"]),
+        (["--batch"], ["--batch"]),
+        (["word"], ["word"]),
+    ],
+)
+def test_every_mistake_is_one_line_that_names_what_is_known(argv: list[str], named: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(Everything, argv)
+    words = str(caught.value)
+    assert "\n" not in words and not set(words) & set("╭│╰─")
+    assert [name for name in named if name not in words] == []
+
+
+def _raise(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error", [ValueError("two\n  lines"), OSError("two\nlines")])
+def test_every_mistake_of_the_user_ends_with_one_line_and_2(error: Exception, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(_raise(error))
+    assert ended.value.code == 2 and capsys.readouterr() == ("", "error: two lines\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(AssertionError):
+        run(_raise(AssertionError("ours")))
+
+
+def test_a_main_that_returns_ends_well() -> None:
+    run(lambda: None)
+
+
+HEAVY = ("torch", "ray", "numpy", "pyarrow", "deepspeed", "mlflow", "webdataset", "fsspec")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["digits", "--help"]])
+def test_help_of_prepare_imports_nothing_heavy_whatever_is_asked(words: list[str]) -> None:
+    told = "import runpy, sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+    told += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    ended = subprocess.run(
+        [sys.executable, "-c", told, str(JOBS / "prepare.py"), *words], capture_output=True, text=True
+    )
+    assert ended.returncode == 0
+    assert "--to" in ended.stdout and not {*HEAVY} & {*ended.stderr.split()}
