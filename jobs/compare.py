@@ -19,7 +19,7 @@ class Compare:
     to: str
     """Folder or URL for the report."""
     tracking_uri: str = ""
-    """Where MLflow is; the environment's MLFLOW_TRACKING_URI if empty, else a sqlite file in the report's folder."""
+    """Where MLflow is; the environment's MLFLOW_TRACKING_URI if empty, else a file in ~/.local/share/vitscale."""
     experiment: str = "vitscale"
     """Experiment of MLflow whose runs are compared."""
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     from pipeline.insight.words import show
     from pipeline.track.runs import read, tracking_uri
 
-    uri = tracking_uri(wanted.tracking_uri or None, wanted.to)
+    uri = tracking_uri(wanted.tracking_uri or None)
     report = compare(read(uri, wanted.experiment))
     if not report.runs:
         raise ValueError(f"no pretraining run in experiment {wanted.experiment!r} of MLflow at {uri}")

@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from pipeline import code
@@ -31,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 120
 STOP_SECONDS = 45
 SOCKET_PATH = 107 - len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.00")
-NOISE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(INFO|SUCC) |Running entrypoint for job |\s*$")
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+"
+NOISE = re.compile(rf"{STAMP}(INFO|SUCC|WARNING working_dir.py)|Running entrypoint for job |\s*$")
+ENDED = re.compile(rf"{STAMP}(SUCC|ERR) cli.py.*Job '\S+' (succeeded|failed|was stopped)")  # then Ray repeats the last lines
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def stages(folder: Path, quick: bool) -> list[Stage]:
     data = ("--data.shards", f"{sets}/fashion_mnist/train", "--data.validation", f"{sets}/fashion_mnist/test")
     sizes = {
         "demo_small": ("--model.width", "32", "--model.depth", "4", "--model.hidden", "128", "--epochs", "2"),
-        "demo_short": ("--epochs", "1"),
+        "demo_medium": ("--model.width", "48", "--model.depth", "4", "--model.hidden", "192", "--epochs", "3"),
         "demo": (),
     }
     pretrainings = [
@@ -128,9 +131,10 @@ def submit(stage: Stage, folder: Path, environment: dict[str, str]) -> None:
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert job.stdout
-    for line in job.stdout:
+    for line in takewhile(lambda line: not ENDED.match(line), job.stdout):
         if not NOISE.match(line):
             print(f"  {line}", end="", flush=True)
+    job.stdout.read()
     if job.wait():
         raise RuntimeError(f"{stage.title} has failed; started again, the demo goes on where it was")
 

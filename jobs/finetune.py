@@ -37,7 +37,7 @@ class Arguments:
     retries: int = 2
     """How often a trial that failed is tried again."""
     tracking_uri: str = ""
-    """Where MLflow is; the environment's MLFLOW_TRACKING_URI if empty."""
+    """Where MLflow is; the environment's MLFLOW_TRACKING_URI if empty, else a file in ~/.local/share/vitscale."""
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     data, folder = Folder(arguments.data).absolute, Folder(Folder(arguments.to).absolute)
     sets = {task.name: tasks.find(data, task) for task in chosen}
     folder.check_writable()
-    uri = tracking_uri(arguments.tracking_uri or None, arguments.to)
+    uri = tracking_uri(arguments.tracking_uri or None)
     check(uri)
     wanted = sweep.Wanted(
         tasks=chosen,
@@ -96,6 +96,8 @@ def main(argv: list[str]) -> None:
         finished=finished,
     )
     print(f"fine-tuning: {wanted.count - len(errors)} of {wanted.count} trials have results; {folder.absolute}/results")
+    if left := trials.flush():
+        raise RuntimeError(f"MLflow at {uri} has not taken {left} results: start again when it is back; none is lost")
     if errors:
         raise RuntimeError(f"{len(errors)} trials failed: " + "; ".join(errors.values()))
 

@@ -33,7 +33,7 @@ class Arguments:
     cpus_each: int = 1
     """CPUs for each process."""
     tracking_uri: str = ""
-    """Where MLflow is; the environment's MLFLOW_TRACKING_URI if empty."""
+    """Where MLflow is; the environment's MLFLOW_TRACKING_URI if empty, else a file in ~/.local/share/vitscale."""
     max_failures: int = 10
     """Starts after a failure before the run is given up."""
     wait_for_resources: float = 0.0
@@ -104,7 +104,7 @@ def pretrain(arguments: Arguments) -> None:
 
     config, name = arguments.config, arguments.run or arguments.config.name
     folder = Folder(arguments.to) / name
-    uri = tracking_uri(arguments.tracking_uri or None, arguments.to)
+    uri = tracking_uri(arguments.tracking_uri or None)
     training, validation = refuse_misfits(config, arguments.processes)
     check(uri)
     roots = {"training": training.manifest.root, **({"validation": validation.manifest.root} if validation else {})}

@@ -7,9 +7,11 @@ The floors of the building; imports go down only:
     pipeline.train, transfer, insight       a run, its fine-tunings, the comparison of runs
     pipeline.data, models, objectives,      neighbours that do not know each other
              optim, track
-    pipeline.config, seed, world            what a run is, chance, who one is among many
+    pipeline.config, seed, world, cli,      what a run is, chance, who one is among many, command lines,
+             code, experiments              the version of the code, runs worth repeating
     shards                                  makes and reads shard sets; knows nothing of models
 
 Each heavy dependency has one door: deepspeed in `train/engine.py`, ray in `launch.py`, `transfer/sweep.py` and
-`shards/build.py`, mlflow in `track/runs.py`, webdataset in `shards/pack.py`. `tests/test_floors.py` holds both rules.
+`shards/cluster.py`, mlflow in `track/`. webdataset has none: shards are plain tars, which any WebDataset reader can
+use and which are written and read here without it. `tests/test_floors.py` holds both rules.
 """

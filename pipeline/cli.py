@@ -44,9 +44,9 @@ def parse(kind: type[Kind], argv: Sequence[str], *, default: Kind | None = None)
 
 def _unboxed(text: str) -> str:
     """What tyro says in a box of several lines, as one."""
-    lines = [re.sub(r"^[\u2500-\u257f\s]+|[\u2500-\u257f\s]+$", "", line) for line in text.splitlines()]
-    said = [line for line in lines if line and not line.startswith("For full helptext")]
-    said = list(itertools.takewhile(lambda line: not line.startswith("Argument helptext"), said))
+    lines = [re.sub(r"^[\u2500-\u257f|\s]+|[\u2500-\u257f|\s]+$|[-+]{3,}", "", line) for line in text.splitlines()]
+    ends = ("For full helptext", "Argument helptext")
+    said = list(itertools.takewhile(lambda line: not line.startswith(ends), filter(None, lines)))
     return " ".join(said[1:] if len(said) > 1 else said) or "the command line is wrong"
 
 

@@ -1,5 +1,6 @@
 """The Ray that a job runs on: the one it was submitted to, or one of its own on this machine."""
 
+import json
 import logging
 import os
 import time
@@ -30,8 +31,10 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    # What a submitted job was given reaches its workers already, and Ray refuses to be told a second time.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    passed = {n: os.environ[n] for n in PASSED_ON if n in os.environ and n not in job.get("env_vars", {})}
+    if "working_dir" not in job:
         root = str(Path(__file__).resolve().parents[1])
         passed["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {"runtime_env": {"env_vars": passed}, "logging_level": logging.WARNING, "log_to_driver": False}

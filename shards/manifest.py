@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from io import BytesIO
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,7 @@ class ShardSet:
 
     def __init__(self, url: str) -> None:
         self.folder = Folder(url)
+        self._one_at_a_time = Lock()
         self.manifest = self._manifest()
         self._check_sizes()
 
@@ -179,4 +181,5 @@ class ShardSet:
 
     def rows(self, shard: int) -> pa.Table:
         """The index of one shard: a row a picture, in the order of the tar, with the columns of `SCHEMA`."""
-        return self._index.read_row_group(shard)
+        with self._one_at_a_time:  # pyarrow's reader is not for several threads
+            return self._index.read_row_group(shard)

@@ -119,7 +119,7 @@ def _decode_otherwise(data: bytes) -> Pixels:
 
 def cut(picture: Pixels, crops: Crops, i: int, out: Pixels) -> None:
     """Write crop `i` of a picture, scaled to the size of `out` (h, w, 3), into `out`."""
-    left, top, width, height = (int(column[i]) for column in crops[:4])
+    left, top, width, height = crops.left.item(i), crops.top.item(i), crops.width.item(i), crops.height.item(i)
     box = picture[top : top + height, left : left + width]
     # Shrinking averages what falls into a pixel; only enlarging may look at four neighbours alone.
     how = cv2.INTER_AREA if width > out.shape[1] and height > out.shape[0] else cv2.INTER_LINEAR

@@ -8,13 +8,15 @@ Legend: n pictures, s side in pixels, m labels a picture at the most.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import Config
@@ -25,8 +27,7 @@ from pipeline.data.read import Reader
 from pipeline.world import World
 from shards.manifest import ShardSet
 
-AHEAD = 4  # batches in the making while one is used
-CHUNK = 32  # pictures that a thread takes on at a time
+AHEAD = 4  # batches in the making while one is used, or as many as there are threads
 
 
 @dataclass(frozen=True)
@@ -55,68 +56,64 @@ class Feed:
 
     def training(self, config: Config, order: Order, world: World, start: int, steps: int) -> Iterator[Batch]:
         """The micro-batches of one process from step `start` on, pass by pass."""
-        lanes, micro = world.share(config.data.lanes), config.micro(world.size)
+        lanes, micro, data = world.share(config.data.lanes), config.micro(world.size), config.data
 
-        def passes() -> Iterator[tuple[Picks, Crops]]:
-            for step in range(start, steps):
-                whole = order.step(step, config.batch, lanes)
-                for first in range(0, len(whole.shard), micro):
-                    picks = Picks(*(column[first : first + micro] for column in whole))
-                    width, height, sample = self._sizes(picks)
-                    crops = random_crops(
-                        width, height, sample, picks.epoch,
-                        seed=config.seed, area=config.data.crop_area, flip=config.data.flip,
-                    )  # fmt: skip
-                    yield picks, crops
+        def plan(step: int, first: int) -> tuple[Picks, Crops]:
+            whole = order.step(step, config.batch, lanes)
+            picks = Picks(*(column[first : first + micro] for column in whole))
+            sizes = self._sizes(picks)
+            samples = self._samples(picks)
+            return picks, random_crops(
+                *sizes, samples, picks.epoch, seed=config.seed, area=data.crop_area, flip=data.flip
+            )
 
-        return self._ahead(passes())
+        firsts = range(0, config.batch // world.size, micro)
+        return self._ahead(partial(plan, step, first) for step in range(start, steps) for first in firsts)
 
     def evaluation(self, world: World, batch: int, *, crop: float) -> Iterator[Batch]:
         """This process's share of the set, every picture once, in order; the last batch may be smaller."""
         mine = world.share(self.reader.shards.manifest.samples)
         first = self.reader.shards.first
 
-        def passes() -> Iterator[tuple[Picks, Crops]]:
-            for start in range(mine.start, mine.stop, batch):
-                sample = np.arange(start, min(start + batch, mine.stop))
-                shard = np.searchsorted(first, sample, side="right") - 1
-                picks = Picks(np.zeros_like(sample), shard, sample - first[shard])
-                width, height, _ = self._sizes(picks)
-                yield picks, central_crops(width, height, share=crop)
+        def plan(start: int) -> tuple[Picks, Crops]:
+            sample = np.arange(start, min(start + batch, mine.stop))
+            shard = np.searchsorted(first, sample, side="right") - 1
+            picks = Picks(np.zeros_like(sample), shard, sample - first[shard])
+            return picks, central_crops(*self._sizes(picks), share=crop)
 
-        return self._ahead(passes())
+        return self._ahead(partial(plan, start) for start in range(mine.start, mine.stop, batch))
 
     def close(self) -> None:
         """Stop the threads; what they were making is lost."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _sizes(self, picks: Picks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Width, height and number of the pictures."""
-        width, height = np.empty_like(picks.place), np.empty_like(picks.place)
-        for shard in np.unique(picks.shard).tolist():
-            here = picks.shard == shard
-            found = self.reader.at_hand(shard)
-            width[here], height[here] = found.width[picks.place[here]], found.height[picks.place[here]]
-        return width, height, self.reader.shards.first[picks.shard] + picks.place
-
-    def _ahead(self, passes: Iterator[tuple[Picks, Crops]]) -> Iterator[Batch]:
-        """Batches in order, `AHEAD` of them in the making."""
-        making: deque[tuple[Batch, list[Future[None]]]] = deque()
-        for picks, crops in passes:
-            making.append(self._begin(picks, crops))
-            if len(making) > AHEAD:
-                yield self._finished(*making.popleft())
+    def _ahead(self, plans: Iterable[Callable[[], tuple[Picks, Crops]]]) -> Iterator[Batch]:
+        """Batches in order, each made by one thread, some in the making while one is used."""
+        making: deque[Future[Batch]] = deque()
+        for plan in plans:
+            making.append(self.pool.submit(self._make, plan))
+            if len(making) > max(AHEAD, self.threads):
+                yield self._finished(making.popleft())
         while making:
-            yield self._finished(*making.popleft())
+            yield self._finished(making.popleft())
 
-    def _begin(self, picks: Picks, crops: Crops) -> tuple[Batch, list["Future[None]"]]:
-        count = len(picks.shard)
-        images = np.empty((count, self.size, self.size, 3), np.uint8)
-        samples = self.reader.shards.first[picks.shard] + picks.place
-        chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
-        futures = [self.pool.submit(self._fill, picks, crops, images, chunk) for chunk in chunks]
-        labels = self._labels(picks)
-        return Batch(torch.from_numpy(images), labels, torch.from_numpy(samples)), futures
+    def _finished(self, batch: "Future[Batch]") -> Batch:
+        began = time.perf_counter()
+        found = batch.result()
+        self.waited += time.perf_counter() - began
+        return found
+
+    def _make(self, plan: Callable[[], tuple[Picks, Crops]]) -> Batch:
+        picks, crops = plan()
+        images = np.empty((len(picks.shard), self.size, self.size, 3), np.uint8)
+        for i in range(len(images)):
+            shard, place = picks.shard.item(i), picks.place.item(i)
+            try:
+                cut(decode(self.reader.bytes(shard, place)), crops, i, images[i])
+            except ValueError as error:
+                key = self.reader.key(shard, place)
+                raise ValueError(f"{self.reader.shards.folder.absolute}: picture {key}: {error}") from error
+        return Batch(torch.from_numpy(images), self._labels(picks), torch.from_numpy(self._samples(picks)))
 
     def _labels(self, picks: Picks) -> Tensor:
         places = zip(picks.shard.tolist(), picks.place.tolist(), strict=True)
@@ -124,21 +121,17 @@ class Feed:
         most = max(map(len, labels))
         return torch.tensor([one + [-1] * (most - len(one)) for one in labels])
 
-    def _fill(self, picks: Picks, crops: Crops, images: np.ndarray, chunk: range) -> None:
-        for i in chunk:
-            shard, place = int(picks.shard[i]), int(picks.place[i])
-            try:
-                cut(decode(self.reader.bytes(shard, place)), crops, i, images[i])
-            except ValueError as error:
-                key = self.reader.key(shard, place)
-                raise ValueError(f"{self.reader.shards.folder.absolute}: picture {key}: {error}") from error
+    def _samples(self, picks: Picks) -> NDArray[np.int64]:
+        return self.reader.shards.first[picks.shard] + picks.place
 
-    def _finished(self, batch: Batch, futures: list["Future[None]"]) -> Batch:
-        began = time.perf_counter()
-        for future in futures:
-            future.result()
-        self.waited += time.perf_counter() - began
-        return batch
+    def _sizes(self, picks: Picks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Width and height of the pictures."""
+        width, height = np.empty_like(picks.place), np.empty_like(picks.place)
+        for shard in np.unique(picks.shard).tolist():
+            here = picks.shard == shard
+            found = self.reader.at_hand(shard)
+            width[here], height[here] = found.width[picks.place[here]], found.height[picks.place[here]]
+        return width, height
 
 
 def feed(shards: ShardSet, config: Config) -> Feed:

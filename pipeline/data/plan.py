@@ -9,13 +9,13 @@ Legend: N pictures of the corpus, L lanes, e epoch, l lane.
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.seed import permutation
+from pipeline.seed import mixed, number, permutation, shuffled
 
 Numbers = NDArray[np.int64]
 
@@ -37,18 +37,16 @@ class Order:
     window: int
     seed: int
     _epoch: object = field(init=False, repr=False, compare=False)
-    _shuffle: object = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.samples < self.lanes:
             raise ValueError(f"{self.samples} pictures are too few for {self.lanes} lanes: use fewer data.lanes")
         if self.window < 1:
             raise ValueError(f"data.window is {self.window}; at least 1 is needed")
-        # A lane looks at two epochs at the most at one time, and at one window, or two where a batch crosses over.
+        # A step looks at two epochs at the most.
         object.__setattr__(self, "_epoch", lru_cache(maxsize=4)(self._lay_out))
-        object.__setattr__(self, "_shuffle", lru_cache(maxsize=2 * self.lanes + 2)(self._draw_window))
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """N."""
         return sum(self.counts)
@@ -60,34 +58,34 @@ class Order:
 
     def stretch(self, lanes: range, start: int, count: int) -> Picks:
         """For every one of `lanes`, its pictures from position `start` of its endless stream, `count` of them."""
-        parts = [self._of_lane(lane, np.arange(start, start + count, dtype=np.int64)) for lane in lanes]
-        return Picks(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        lane = np.repeat(np.asarray(lanes, np.int64), count)
+        position = np.tile(np.arange(start, start + count, dtype=np.int64), len(lanes))
+        epoch = ((position + 1) * self.lanes - lane - 1) // self.samples  # the inverse of _given
+        shard, place = np.empty_like(position), np.empty_like(position)
+        for one in np.unique(epoch).tolist():
+            here = epoch == one
+            shard[here], place[here] = self._of_epoch(one, lane[here], position[here] - self._given(one, lane[here]))
+        return Picks(epoch, shard, place)
 
-    def _given(self, epoch: Numbers | int, lane: Numbers | int) -> Numbers:
+    def _given(self, epoch: int, lane: Numbers) -> Numbers:
         """Pictures that a lane gives before an epoch begins: floor((e N + l) / L).
 
         Summed over the lanes that is e N (Hermite's identity), so an epoch is given out to the last picture and no
         lane is ever more than one picture ahead of another.
         """
-        return (np.asarray(epoch, np.int64) * self.samples + lane) // self.lanes
+        return (epoch * self.samples + lane) // self.lanes
 
-    def _of_lane(self, lane: int, position: Numbers) -> Picks:
-        epoch = ((position + 1) * self.lanes - lane - 1) // self.samples  # the inverse of _given
-        place = np.empty_like(position)
-        shard = np.empty_like(position)
-        for one in np.unique(epoch):
-            here = epoch == one
-            shard[here], place[here] = self._of_epoch(int(one), lane, position[here] - self._given(one, lane))
-        return Picks(epoch, shard, place)
-
-    def _of_epoch(self, epoch: int, lane: int, offset: Numbers) -> tuple[Numbers, Numbers]:
+    def _of_epoch(self, epoch: int, lane: Numbers, offset: Numbers) -> tuple[Numbers, Numbers]:
+        """Shard and place of the pictures at `offset` of the lanes' shuffled streams of an epoch."""
         shards, ends, starts = self._epoch(epoch)  # type: ignore[operator]
-        length = int(starts[lane + 1] - starts[lane])
-        shuffled = self._shuffled(epoch, lane, length, offset)
-        line = starts[lane] + shuffled  # place in the pictures of the epoch, laid end to end
+        length = starts[lane + 1] - starts[lane]
+        windows = -(-length // self.window)
+        window = ((offset + 1) * windows - 1) // length  # windows of equal length, to within one picture
+        first, end = window * length // windows, (window + 1) * length // windows
+        key = mixed(mixed(number("window", self.seed, epoch), lane), window)
+        line = starts[lane] + first + shuffled(offset - first, end - first, key)  # among the epoch's, laid end to end
         which = np.searchsorted(ends, line, side="right")
-        before = np.where(which > 0, ends[which - 1], 0)
-        return shards[which], line - before
+        return shards[which], line - np.where(which > 0, ends[which - 1], 0)
 
     def _lay_out(self, epoch: int) -> tuple[Numbers, Numbers, Numbers]:
         """The shards of an epoch in order, where each ends, and where each lane's stream begins."""
@@ -96,20 +94,6 @@ class Order:
         lanes = np.arange(self.lanes, dtype=np.int64)
         lengths = self._given(epoch + 1, lanes) - self._given(epoch, lanes)
         return shards, ends, np.concatenate([[0], np.cumsum(lengths)])
-
-    def _shuffled(self, epoch: int, lane: int, length: int, offset: Numbers) -> Numbers:
-        """Where the pictures at `offset` of a lane's shuffled stream of `length` stand in the stream as it was."""
-        windows = -(-length // self.window)
-        window = ((offset + 1) * windows - 1) // length  # windows of equal length, to within one picture
-        found = np.empty_like(offset)
-        for one in np.unique(window):
-            start, end = int(one) * length // windows, (int(one) + 1) * length // windows
-            here = window == one
-            found[here] = start + self._shuffle(epoch, lane, int(one), end - start)[offset[here] - start]  # type: ignore[operator]
-        return found
-
-    def _draw_window(self, epoch: int, lane: int, window: int, length: int) -> NDArray[np.int32]:
-        return permutation(length, "window", self.seed, epoch, lane, window).astype(np.int32)
 
 
 def ends_epoch(step: int, batch: int, samples: int) -> bool:

@@ -143,6 +143,7 @@ def initialise(model: VisionTransformer, generator: torch.Generator, *, head_bia
 def _lecun(layer: nn.Conv2d | nn.Linear, generator: torch.Generator) -> None:
     fan_in = layer.weight[0].numel()
     # A normal cut off at two deviations has 0.8796 of the deviation it was drawn with.
-    nn.init.trunc_normal_(layer.weight, std=1 / 0.87962566 / math.sqrt(fan_in), a=-2, b=2, generator=generator)
+    std = 1 / 0.87962566 / math.sqrt(fan_in)
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)

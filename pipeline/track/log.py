@@ -5,6 +5,7 @@ what has not been sent is kept with each checkpoint. A start of the run after a 
 run already holds is not sent a second time.
 """
 
+import logging
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -111,6 +112,7 @@ def client(uri: str) -> MlflowClient:
     """A client that gives up on a server soon; whoever uses it tries again itself."""
     MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(1)
     MLFLOW_HTTP_REQUEST_TIMEOUT.set(10)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # its tables are no news
     return MlflowClient(uri)
 
 
@@ -120,12 +122,14 @@ def begin(uri: str, name: str, tags: dict[str, str], params: dict[str, Any], *, 
     experiment = _experiment(mlflow)
     found = mlflow.search_runs([experiment], f"tags.`{same}` = '{tags[same]}'", max_results=1)
     if found:
-        mlflow.update_run(found[0].info.run_id, status="RUNNING")
-        return found[0].info.run_id
+        run_id, there = found[0].info.run_id, found[0].data.params
+        mlflow.update_run(run_id, status="RUNNING")
+        # A start that was killed at once may have left none of them.
+        _add_params(mlflow, run_id, {key: value for key, value in params.items() if key not in there})
+        return run_id
     all_tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
     run_id = mlflow.create_run(experiment, run_name=name, tags=all_tags).info.run_id
-    pairs = [Param(key, str(value)[:500]) for key, value in params.items()]
-    mlflow.log_batch(run_id, params=pairs)
+    _add_params(mlflow, run_id, params)
     return run_id
 
 
@@ -138,24 +142,52 @@ class Trials:
         found = self._find(f"tags.`vitscale.kind` = 'pretrain' and tags.`vitscale.checkpoint` = '{checkpoint}'")
         self.parent = found[0].info.run_id if found else ""
         children = self._find(f"tags.`mlflow.parentRunId` = '{self.parent}'") if self.parent else self._orphans()
+        self._waiting: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {}
         self._there = {run.data.tags.get("vitscale.trial") for run in children if run.info.status == "FINISHED"}
 
     def add(self, name: str, title: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Log a trial's result, unless it is there."""
+        """Log a trial's result, unless it is there; while MLflow is away it waits for the next call."""
+        self._waiting[name] = (title, params, metrics)
+        self.flush()
+
+    def flush(self) -> int:
+        """Log what waits; returns how many results MLflow does not take now."""
+        for name, (title, params, metrics) in list(self._waiting.items()):
+            try:
+                self._log(name, title, params, metrics)
+            except MlflowException:
+                break
+            del self._waiting[name]
+        return len(self._waiting)
+
+    def _log(self, name: str, title: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
         if name in self._there:
             return
+        if run_id := self._begun(name, title):
+            _add_params(self._client, run_id, params)
+            now = round(time.time() * 1000)
+            self._client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+            self._client.set_terminated(run_id)
+        self._there.add(name)
+
+    def _begun(self, name: str, title: str) -> str | None:
+        """The trial's run, found or made; None where another driver has finished it or was first to make one."""
+        if found := self._of(name):
+            return None if found[0].info.status == "FINISHED" else found[0].info.run_id
         tags = {"vitscale.kind": "trial", "vitscale.trial": name}
         if self.parent:
             tags["mlflow.parentRunId"] = self.parent
         run_id = self._client.create_run(self._experiment, run_name=title, tags=tags).info.run_id
-        now = round(time.time() * 1000)
-        self._client.log_batch(
-            run_id,
-            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
-            params=[Param(key, str(value)[:500]) for key, value in params.items()],
-        )
-        self._client.set_terminated(run_id)
-        self._there.add(name)
+        if self._of(name)[0].info.run_id == run_id:
+            return run_id
+        self._client.delete_run(run_id)
+        return None
+
+    def _of(self, name: str) -> list[Any]:
+        """The runs of a trial under this parent, those that are finished first, then the earliest."""
+        found = self._find(f"tags.`vitscale.trial` = '{name}'")
+        found = [run for run in found if run.data.tags.get("mlflow.parentRunId", "") == self.parent]
+        return sorted(found, key=lambda run: (run.info.status != "FINISHED", run.info.start_time, run.info.run_id))
 
     def _orphans(self) -> list[Any]:
         found = self._find("tags.`vitscale.kind` = 'trial'")
@@ -176,6 +208,10 @@ def end(uri: str, run_id: str, *, failed: bool = False, tags: dict[str, str] | N
     if tags:
         mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     mlflow.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+def _add_params(mlflow: MlflowClient, run_id: str, params: dict[str, Any]) -> None:
+    mlflow.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])
 
 
 def _experiment(mlflow: MlflowClient) -> str:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from shards.storage import Folder
-
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
@@ -47,17 +45,22 @@ class Run:
     metrics: dict[str, tuple[Point, ...]]
 
 
-def tracking_uri(explicit: str | None, folder: str) -> str:
-    """Where MLflow is: `explicit`, else MLFLOW_TRACKING_URI, else a sqlite file inside `folder` if that is local.
+def tracking_uri(explicit: str | None) -> str:
+    """Where MLflow is: `explicit`, else MLFLOW_TRACKING_URI, else a sqlite file in the home of a Ray of our own.
 
-    ValueError where none of the three says it: a bucket cannot hold a sqlite file, and MLflow's own default would
-    be another file in every process's working directory.
+    ValueError where none of them says it: on a cluster (RAY_ADDRESS is set) workers on other machines could not see
+    a file of this one. The file's folder is made.
     """
     if named := explicit or os.environ.get("MLFLOW_TRACKING_URI"):
         return named
-    if local := Folder(folder).local:
-        return f"sqlite:///{local.absolute() / 'mlflow.db'}"
-    raise ValueError(f"where to log is not said, and {folder} is not a local folder: set MLFLOW_TRACKING_URI")
+    if "RAY_ADDRESS" in os.environ:
+        raise ValueError(
+            "where to log is not said: set MLFLOW_TRACKING_URI to a server, since workers on the cluster's other "
+            "machines could not see a local file"
+        )
+    folder = Path.home() / ".local" / "share" / "vitscale"
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
 
 
 def check(uri: str) -> None:

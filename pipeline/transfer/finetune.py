@@ -47,8 +47,10 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The trial's digest."""
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:24]
+        """The trial's digest; which other rates its protocol proposes decides nothing of its result."""
+        deciding = asdict(self)
+        del deciding["protocol"]["rates"]
+        return sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:24]
 
     def describe(self) -> str:
         """The trial in a few words."""

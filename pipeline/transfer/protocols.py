@@ -23,7 +23,7 @@ class Protocol:
     """Share of a side that a training crop keeps: 384 of 448 pixels in BiT, appendix F."""
 
 
-demo = Protocol("demo", version=1, steps=150, batch=64, rates=(0.01, 0.03, 0.1), warmup=15)
+demo = Protocol("demo", version=1, steps=300, batch=64, rates=(0.03, 0.1, 0.3), warmup=30)
 
 ALL = (demo,)
 

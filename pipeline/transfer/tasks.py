@@ -51,7 +51,7 @@ def find(folder: str, task: Task) -> dict[str, ShardSet]:
         try:
             found[split] = ShardSet((Folder(folder) / f"{task.name}/{split}").absolute)
         except ValueError as error:
-            made = f"python jobs/prepare.py {task.name} --to {Folder(folder).absolute}/{task.name}"
+            made = f"python jobs/prepare.py {task.name} --to {Folder(folder).absolute}"
             raise ValueError(f"task {task.name} is not prepared ({error}); make it with: {made}") from error
     return found
 
