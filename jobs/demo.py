@@ -34,7 +34,9 @@ STOP_SECONDS = 45
 SOCKET_PATH = 107 - len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.00")
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+"
 NOISE = re.compile(rf"{STAMP}(INFO|SUCC|WARNING working_dir.py)|Running entrypoint for job |\s*$")
-ENDED = re.compile(rf"{STAMP}(SUCC|ERR) cli.py.*Job '\S+' (succeeded|failed|was stopped)")  # then Ray repeats the last lines
+ENDED = re.compile(
+    rf"{STAMP}(SUCC|ERR) cli.py.*Job '\S+' (succeeded|failed|was stopped)"
+)  # then Ray repeats the last lines
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def pretrain(arguments: Arguments) -> None:
     from pipeline.launch import has_gpus, launch
     from pipeline.track import log
     from pipeline.track.runs import check, tracking_uri
-    from pipeline.train.run import Job, finish_metrics, finished, open_folder, refuse_misfits
+    from pipeline.train.run import Job, finish_metrics, finished, open_folder, refuse_another, refuse_misfits
     from shards.cluster import connect, require
     from shards.storage import Folder
 
@@ -108,11 +108,12 @@ def pretrain(arguments: Arguments) -> None:
     training, validation = refuse_misfits(config, arguments.processes)
     check(uri)
     roots = {"training": training.manifest.root, **({"validation": validation.manifest.root} if validation else {})}
+    refuse_another(config, folder, roots)
     if about := finished(folder):
-        open_folder(config, folder.absolute, roots)
         finish_metrics(folder, uri)
         print(f"{name} is finished: {result(about)}; {folder.absolute}/export")
         return
+    folder.check_writable()
     connect()
     gpus = has_gpus()
     needed = {"CPU": float(arguments.processes * arguments.cpus_each), **({"GPU": arguments.processes} if gpus else {})}

@@ -1,9 +1,11 @@
 """A run on a Ray cluster: Ray Train starts its processes, and starts them again when one dies."""
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from typing import Any
 
 import ray
@@ -24,6 +26,7 @@ class Board:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.hopeless = ""
 
     def say(self, line: str) -> None:
         """Leave a line."""
@@ -34,6 +37,14 @@ class Board:
         taken, self.lines = self.lines, []
         return taken
 
+    def give_up(self, why: str) -> None:
+        """Say that another start would fail as this one has."""
+        self.hopeless = self.hopeless or why
+
+    def why_given_up(self) -> str:
+        """What was said so first, empty where nothing was."""
+        return self.hopeless
+
 
 def launch(job: Job, processes: int, *, gpus: bool, cpus_each: int, max_failures: int) -> None:
     """Run the job on so many processes to its end; RuntimeError where more than `max_failures` starts have failed.
@@ -41,7 +52,7 @@ def launch(job: Job, processes: int, *, gpus: bool, cpus_each: int, max_failures
     What the run holds decides where it goes on, so that a start after a failure needs nothing from the one before.
     """
     with _board() as board:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _work,
             train_loop_config={"job": job, "board": board},
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
@@ -57,7 +68,21 @@ def launch(job: Job, processes: int, *, gpus: bool, cpus_each: int, max_failures
         try:
             trainer.fit()
         except Exception as error:
-            raise RuntimeError(f"{job.config.name} failed: {_cause(error)}") from error
+            raise RuntimeError(f"{job.name} failed: {_cause(error)}") from error
+        if why := ray.get(board.why_given_up.remote()):
+            raise RuntimeError(f"{job.name} failed: {why}")
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, which in a Ray of our own does not wait for what only a shared one has."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # A watcher asks the dashboard whether the run is alive, to give its resources back if not. A Ray of our own
+        # has no dashboard and ends with the run, and stopping the watcher there takes twelve seconds each time.
+        found = super()._create_default_callbacks()
+        if "RAY_ADDRESS" in os.environ:
+            return found
+        return [callback for callback in found if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -67,13 +92,22 @@ def _work(settings: dict[str, Any]) -> None:
     from pipeline.train.run import work
     from pipeline.world import World
 
+    board = settings["board"]
+    if ray.get(board.why_given_up.remote()):
+        return
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size())
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    board = settings["board"]
-    work(settings["job"], world, device, lambda line: board.say.remote(line))
+    try:
+        work(settings["job"], world, device, lambda line: board.say.remote(line))
+    except (ValueError, OSError) as error:
+        # Ray starts whatever raises again. What is wrong with the data, the configuration or the disk will be wrong
+        # then, too: the next start ends at once, and whoever waits for the run is told why.
+        if isinstance(error, ValueError) or error.errno in (ENOSPC, EDQUOT, EROFS, EACCES):
+            ray.get(board.give_up.remote(str(error)))
+        raise
 
 
 @contextmanager

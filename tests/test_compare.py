@@ -421,7 +421,7 @@ def test_help_needs_nothing_but_the_command() -> None:
 @pytest.mark.timeout(120)
 def test_without_any_run_one_line_says_so(tmp_path: Path, uri: str) -> None:
     for arguments in ((), ("--tracking-uri", uri, "--experiment", "another")):
-        said = compare_command("--to", str(tmp_path), *arguments)
+        said = compare_command("--to", str(tmp_path), *arguments, HOME=str(tmp_path))
         assert said.returncode == 2
         assert re.fullmatch(r"error: no pretraining run in experiment .*\n", said.stderr), said.stderr
 
@@ -451,13 +451,17 @@ def test_every_uri_that_mlflow_would_misread_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_where_mlflow_is_comes_from_the_first_who_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking_uri(None, str(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI"):
-        tracking_uri(None, "s3://bucket/runs")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    ours = tmp_path / ".local" / "share" / "vitscale"
+    assert tracking_uri(None) == f"sqlite:///{ours}/mlflow.db" and ours.is_dir()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI to a server"):
+        tracking_uri(None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://team:5000")
-    assert tracking_uri(None, "s3://bucket/runs") == "http://team:5000"
-    assert tracking_uri("sqlite:////mine.db", str(tmp_path)) == "sqlite:////mine.db"
+    assert tracking_uri(None) == "http://team:5000"
+    assert tracking_uri("sqlite:////mine.db") == "sqlite:////mine.db"
 
 
 @pytest.mark.timeout(60)

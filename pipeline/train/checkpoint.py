@@ -72,7 +72,11 @@ class Checkpoints:
         """Return when what was begun is written, or raise what went wrong."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            try:
+                writing.result()
+            except OSError as error:
+                why = f"a checkpoint could not be written ({error.strerror or error}); the one before it stays usable"
+                raise OSError(error.errno, why, self.folder.absolute) from error
 
     def restore(self, step: int, engine: Engine) -> dict[str, Any]:
         """Put the state after `step` steps into the engine; returns its completion record.

@@ -80,15 +80,21 @@ def open_folder(config: Config, url: str, data_roots: dict[str, str]) -> Folder:
     folder.create(CONFIG, json.dumps(to_dict(config), indent=1).encode())
     about = {"code": code.version(), "data": data_roots}
     folder.create(ABOUT, json.dumps(about, indent=1).encode())
-    theirs = from_dict(json.loads(folder.read(CONFIG)))
-    found = [line for line in differences(config, theirs) if line.split(":")[0] not in FREE]
-    roots = json.loads(folder.read(ABOUT))["data"]
-    found += [
-        f"data root of {k}: {data_roots.get(k)} != {roots.get(k)}" for k in roots if roots[k] != data_roots.get(k)
-    ]
+    refuse_another(config, folder, data_roots)
+    return folder
+
+
+def refuse_another(config: Config, folder: Folder, data_roots: dict[str, str]) -> None:
+    """Raise ValueError, with the fields that differ, where the folder holds another run than this one."""
+    found: list[str] = []
+    if folder.exists(CONFIG):
+        theirs = from_dict(json.loads(folder.read(CONFIG)))
+        found += [line for line in differences(config, theirs) if line.split(":")[0] not in FREE]
+    if folder.exists(ABOUT):
+        roots = json.loads(folder.read(ABOUT))["data"]
+        found += [f"data root of {k}: {data_roots.get(k)} != {v}" for k, v in roots.items() if v != data_roots.get(k)]
     if found:
         raise ValueError(f"{folder.absolute} holds another run; these fields differ: {'; '.join(found)}")
-    return folder
 
 
 def finished(folder: Folder) -> dict[str, Any] | None:
