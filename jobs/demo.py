@@ -133,11 +133,15 @@ def submit(stage: Stage, folder: Path, environment: dict[str, str]) -> None:
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert job.stdout
-    for line in takewhile(lambda line: not ENDED.match(line), job.stdout):
-        if not NOISE.match(line):
-            print(f"  {line}", end="", flush=True)
-    job.stdout.read()
-    if job.wait():
+    try:
+        for line in takewhile(lambda line: not ENDED.match(line), job.stdout):
+            if not NOISE.match(line):
+                print(f"  {line}", end="", flush=True)
+        job.stdout.read()
+        failed = job.wait()
+    finally:
+        job.kill()
+    if failed:
         raise RuntimeError(f"{stage.title} has failed; started again, the demo goes on where it was")
 
 

@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "vitscale"
 PAUSE_SECONDS = 2.0
+GATHER_SECONDS = 5.0
 MOST_METRICS = 1000  # what MLflow takes in one request
 
 
@@ -50,10 +51,10 @@ class Log:
             self._waiting.append(Record(step, round(time.time() * 1000), values))
             self._changed.notify()
 
-    def unsent(self) -> list[dict[str, Any]]:
-        """What MLflow does not have yet, to be kept."""
+    def unsent(self, *, up_to: int | None = None) -> list[dict[str, Any]]:
+        """What MLflow does not have yet, to be kept; with `up_to`, of the steps up to that one."""
         with self._changed:
-            return [asdict(record) for record in self._waiting]
+            return [asdict(record) for record in self._waiting if up_to is None or record.step <= up_to]
 
     def close(self, seconds: float) -> list[dict[str, Any]]:
         """Give the sending so many seconds to finish; returns what is left unsent."""
@@ -69,6 +70,8 @@ class Log:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
+                # A request costs the same for one line as for ten, and its cost is taken from the training.
+                self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
                 sending = self._some()
             try:
                 self._send(sending)

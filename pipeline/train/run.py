@@ -140,7 +140,8 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
 
     def keep(done: int) -> None:
         meter.emit(done)
-        checkpoints.save(done, engine, lambda: {"metrics": log.unsent()} if log else {})
+        # Asked while training goes on: what was logged after this step, the next start will log itself.
+        checkpoints.save(done, engine, lambda: {"metrics": log.unsent(up_to=done)} if log else {})
 
     train(
         config,

@@ -1,0 +1,315 @@
+"""Runs under Ray Train survive: `python jobs/pretrain.py` for real, its processes and its driver killed by SIGKILL."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from jobs import pretrain as job
+from pipeline.cli import run
+from pipeline.train.checkpoint import complete
+from shards.storage import Folder
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 160
+TINY = {
+    "classes": 3,
+    "model.width": 16,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.hidden": 32,
+    "model.patch": 4,
+    "model.image-size": 12,
+    "model.dropout": 0.1,
+    "data.lanes": 8,
+    "batch": 16,
+    "epochs": STEPS / 2,  # of 32 pictures
+    "optim.warmup": 5,
+    "save-every": 10,
+    "log-every": 10,
+    "processes": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    tiny.shard_set(folder / "set")
+    return folder
+
+
+def words(place: Path, name: str, **changes: object) -> list[str]:
+    """The command line of a tiny run; `data__shards` is --data.shards."""
+    given = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    options = {**TINY, "data.shards": place / "set", "to": place / "runs", "run": name, **given}
+    return ["demo", *(f"--{option}={value}" for option, value in options.items())]
+
+
+class Driver:
+    """`python jobs/pretrain.py`, which starts a Ray of its own unless a cluster is named; its home is the place."""
+
+    def __init__(self, place: Path, name: str, cluster: str = "", **changes: object) -> None:
+        self.folder = Path(str(changes.get("to", place / "runs"))) / name
+        kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs" / "pretrain.py"), *words(place, name, **changes)],
+            env={**kept, "HOME": str(place), **({"RAY_ADDRESS": cluster} if cluster else {})},
+            cwd=place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of the run."""
+        return [process for process in self.family() if "TrainWorker" in " ".join(process.cmdline())]
+
+    def wait_for_checkpoint(self, after: int = 0) -> None:
+        """Return when there is a complete checkpoint of a later step."""
+        limit = time.monotonic() + 120
+        while not any(step > after for step in complete(Folder(str(self.folder)))):
+            assert self._process.poll() is None, self.end()
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+
+    def kill(self) -> list[psutil.Process]:
+        """Kill the driver alone; returns its family, which has to follow it."""
+        family = self.family()
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        return family
+
+    def end(self, code: int = 0) -> str:
+        """What it said, on stdout where it ends well and on stderr otherwise."""
+        try:
+            said, wrong = self._process.communicate(timeout=240)
+        finally:
+            if self._process.poll() is None:
+                for process in [*self.family(), psutil.Process(self._process.pid)]:
+                    process.kill()
+        assert self._process.returncode == code, said + wrong
+        return wrong if code else said
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def as_if(ours: Path, theirs: Path) -> bool:
+    a, b = weights(ours), weights(theirs)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def logged(place: Path, name: str) -> list[int]:
+    """Steps at which the run has a loss in MLflow, which is where a run on a laptop puts it."""
+    client = MlflowClient(f"sqlite:///{place}/.local/share/vitscale/mlflow.db")
+    experiment = client.get_experiment_by_name("vitscale")
+    assert experiment
+    (only,) = client.search_runs([experiment.experiment_id], f"tags.`vitscale.run` = '{name}'")
+    assert only.info.status == "FINISHED"
+    return sorted(metric.step for metric in client.get_metric_history(only.info.run_id, "loss"))
+
+
+EVERY_LINE = list(range(2, STEPS + 1, 2))  # an epoch, which ends a line, is two steps
+
+
+@pytest.fixture(scope="module")
+def quiet(place: Path) -> Path:
+    """A run that nobody disturbs."""
+    driver = Driver(place, "quiet")
+    assert f"quiet: {STEPS} steps; " in driver.end()
+    return driver.folder
+
+
+# --- death ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_goes_on_by_itself_as_if_nothing_had_happened(place: Path, quiet: Path) -> None:
+    driver = Driver(place, "worker-killed")
+    driver.wait_for_checkpoint(after=20)
+    driver.workers()[1].kill()
+    said = driver.end()
+    assert re.search(rf"worker-killed: goes on after step \d+ of {STEPS}\n", said)
+    assert as_if(driver.folder, quiet)
+    assert logged(place, "worker-killed") == EVERY_LINE
+
+
+@pytest.mark.slow
+def test_a_run_whose_driver_is_killed_goes_on_when_it_is_started_again_as_if_nothing_had_happened(
+    place: Path, quiet: Path
+) -> None:
+    driver = Driver(place, "driver-killed")
+    driver.wait_for_checkpoint(after=20)
+    family = driver.kill()
+    assert not (driver.folder / "export").exists()
+    again = Driver(place, "driver-killed")
+    assert "driver-killed: goes on after step" in again.end()
+    assert as_if(again.folder, quiet)
+    assert logged(place, "driver-killed") == EVERY_LINE
+    assert psutil.wait_procs(family, timeout=90)[1] == []  # Ray's own agents take a minute to notice
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_without_a_ray(place: Path, quiet: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in quiet.rglob("*")}
+    uri = f"sqlite:///{place}/.local/share/vitscale/mlflow.db"
+    driver = Driver(place, "quiet", cluster="127.0.0.1:1", tracking_uri=uri)  # where no Ray is
+    assert driver.end() == f"quiet is finished: {STEPS} steps; {quiet}/export\n"
+    assert {path: path.stat().st_mtime_ns for path in quiet.rglob("*") if path != quiet} == {
+        path: when for path, when in before.items() if path != quiet
+    }
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system to fill up")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_named_and_the_last_complete_checkpoint_stays_usable(
+    place: Path, quiet: Path, small_disk: Path
+) -> None:
+    driver = Driver(place, "full", to=small_disk, max_failures=0)
+    driver.wait_for_checkpoint(after=20)
+    fill(small_disk / "somebody else's")
+    said = driver.end(2).splitlines()[-1]  # after what Ray itself had to say
+    assert re.fullmatch(rf"error: .*No space left on device.*{small_disk}/full.*", said), said
+    usable = complete(Folder(str(driver.folder)))[-1]
+    (small_disk / "somebody else's").unlink()
+    again = Driver(place, "full", to=small_disk)
+    assert f"full: goes on after step {usable} of {STEPS}\n" in again.end()
+    assert as_if(again.folder, quiet)
+
+
+def fill(path: Path) -> None:
+    """Take all that is free."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 10, 1):
+            try:
+                while file.write(bytes(size)):
+                    pass
+            except OSError:
+                continue
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that answers it."""
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: job.main(argv))
+    out, wrong = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and re.fullmatch(r"error: .*\n", wrong), wrong
+    return wrong
+
+
+def test_every_mistake_is_answered_by_a_line_before_a_machine_is_asked_for(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where no Ray is
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    (tmp_path / "empty").mkdir()
+    for copy in ("short", "unfinished"):
+        shutil.copytree(place / "set", tmp_path / copy)
+    (tmp_path / "unfinished" / "manifest.json").unlink()
+    (tmp_path / "short" / "000002.tar").unlink()
+    mistakes: list[tuple[list[str], str]] = [
+        (["vit_b17_in21k"], r"no experiment 'vit_b17_in21k'; there are: demo, vit_b16_in21k"),
+        ([*words(place, "a"), "--optim.lrr=3"], r"no option --optim.lrr=3 in optim; there are: --optim.lr,"),
+        (words(place, "a", batch="many"), r"batch.*many"),
+        (words(place, "a", zero=7), r"'7'.*--zero"),
+        (words(place, "a", data__shards=tmp_path / "nowhere"), rf"no shard set at {tmp_path}/nowhere"),
+        (
+            words(place, "a", data__shards=tmp_path / "unfinished"),
+            rf"{tmp_path}/unfinished/manifest.json does not exist: the set was not finished",
+        ),
+        (words(place, "a", data__shards=tmp_path / "short"), r"000002.tar"),
+        (words(place, "a", data__validation=tmp_path / "empty"), rf"no shard set at {tmp_path}/empty"),
+        (words(place, "a", data__shards=""), r"data.shards is empty"),
+        (words(place, "a", classes=4), r"has 3 classes, the run 4"),
+        (words(place, "a", to=""), r"--to is missing"),
+        (words(place, "a", to="/proc/vitscale"), r"/proc/vitscale"),
+        (words(place, "a", batch=20), r"batch 20 does not divide over 8 lanes: a batch of 16 or 24 would"),
+        (words(place, "a", processes=3), r"8 lanes do not divide over 3 processes: 2 or 4 processes would do"),
+        (words(place, "a", epochs=0.1), r"0.1 epochs of 32 pictures are not one step of 16"),
+        (words(place, "a", tracking_uri="http://127.0.0.1:9"), r"no MLflow server at http://127.0.0.1:9 .*refused"),
+    ]
+    for argv, said in mistakes:
+        assert re.search(said, mistake(argv, capsys))
+    assert not (place / "runs" / "a").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_run_is_refused_naming_every_field_that_differs(
+    place: Path, quiet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/.local/share/vitscale/mlflow.db")
+    said = mistake(words(place, "quiet", seed=5, optim__lr=0.5), capsys)
+    assert f"{quiet} holds another run; these fields differ: optim.lr: 0.5 != 0.004; seed: 5 != 0" in said
+    left = place / "runs" / "unfinished"
+    left.mkdir()
+    about = json.loads((quiet / "config.json").read_text())
+    (left / "config.json").write_text(json.dumps({**about, "batch": 32}))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where no Ray is
+    assert "these fields differ: batch: 16 != 32" in mistake(words(place, "unfinished"), capsys)
+
+
+@pytest.mark.slow
+def test_more_processes_than_the_cluster_has_room_for_are_refused_saying_what_there_is(
+    place: Path, local_ray: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/.local/share/vitscale/mlflow.db")
+    said = mistake(words(place, "wide", processes=8, cpus_each=3), capsys)
+    assert "wide on 8 processes needs 24 CPU; the cluster has 4 CPU" in said
+    assert not (place / "runs" / "wide" / "config.json").exists()
+
+
+# --- answers at once ------------------------------------------------------------------------------------------------
+
+HEAVY = {"torch", "ray", "numpy", "pyarrow", "deepspeed", "mlflow", "fsspec"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--help"], "vit_h14_in21k    ViT-H/14 on ImageNet-21k"),
+        (["demo", "--help"], "--model.width"),
+        (["vit_h14_in21k", "--dry-run", "--processes", "8"], "660,382,801"),
+        (["vit_h14_in21k", "--dry-run", "--classes", "1000", "--model.no-representation"], "632,045,800"),
+    ],
+)
+def test_every_question_is_answered_without_anything_heavy(argv: list[str], said: str) -> None:
+    told = "import runpy, sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+    told += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    ended = subprocess.run(
+        [sys.executable, "-c", told, str(ROOT / "jobs" / "pretrain.py"), *argv], capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and said in ended.stdout
+    assert not HEAVY & set(ended.stderr.split())
