@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load
-from tests import tiny
 
 from pipeline.train.checkpoint import complete
 from shards.storage import Folder
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = (
-    "--model.width 16 --model.depth 1 --model.heads 2 --model.hidden 32 --model.patch 4 --model.image-size 12 "
-    "--classes 3 --batch 16 --data.lanes 8 --epochs 5 --optim.warmup 2 --save-every 4 --log-every 1"
-).split()
+SMALL = {
+    "--model.width": 16, "--model.depth": 1, "--model.heads": 2, "--model.hidden": 32, "--model.patch": 4,
+    "--model.image-size": 12, "--classes": 3, "--batch": 16, "--data.lanes": 8, "--epochs": 5, "--optim.warmup": 2,
+    "--save-every": 4, "--log-every": 1,
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -32,7 +33,7 @@ def test_a_run_in_a_bucket_ends_as_if_it_had_been_in_a_folder(s3: str, tmp_path:
             [
                 *(sys.executable, ROOT / "jobs/pretrain.py", "demo", "--data.shards", data, "--data.validation", data),
                 *("--to", to, "--data.cache", tmp_path / "cache", "--tracking-uri", f"sqlite:///{tmp_path}/ml.db"),
-                *SMALL,
+                *(str(word) for option in SMALL.items() for word in option),
             ],
             capture_output=True,
             text=True,

@@ -25,6 +25,7 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 160
+pytestmark = pytest.mark.timeout(600)
 TINY = {
     "classes": 3,
     "model.width": 16,

@@ -29,6 +29,7 @@ from shards.storage import Folder
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.timeout(600)
 SPLITS = {"train800": (40, 24), "val200": (21,), "test": (30,)}
 
 # --- which trials there are -----------------------------------------------------------------------------------------
