@@ -103,12 +103,12 @@ def ours(config: Config, shards: ShardSet, folder: Path) -> Callable[[int], floa
     run = log.begin(uri, "overhead", {"vitscale.folder": str(folder)}, {}, same="vitscale.folder")
     writer = log.Log(uri, run, [])
     checkpoints = Checkpoints(Folder(str(folder)), world, "bench", keep=2)
+    pictures: Feed = feed(shards, config)  # one for all rounds, as a run has one
     done = 0
 
     def steps(count: int) -> float:
         nonlocal done
         until = replace(config, epochs=(done + count) * config.batch / samples + 1e-9)
-        pictures: Feed = feed(shards, until)
         progress = Progress("overhead", done + count, "steps", say=lambda line: None)
         meter = Meter(until, engine, pictures, writer, progress, samples)
         batches: Iterator[Batch] = pictures.training(until, order, world, done, done + count)
@@ -119,7 +119,6 @@ def ours(config: Config, shards: ShardSet, folder: Path) -> Callable[[int], floa
         )  # fmt: skip
         checkpoints.wait()
         spent = time.perf_counter() - began
-        pictures.close()
         done += count
         return spent
 
@@ -138,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     quick = parser.parse_args().quick
-    rounds, count = (3, 60) if quick else (7, 200)
+    rounds, count = (3, 60) if quick else (5, 150)
     torch.set_num_threads(1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
