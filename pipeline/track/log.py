@@ -119,7 +119,7 @@ def client(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def begin(uri: str, name: str, tags: dict[str, str], params: dict[str, Any], *, same: str, parent: str = "") -> str:
+def begin(uri: str, name: str, tags: dict[str, str], params: dict[str, Any], *, same: str) -> str:
     """The id of the MLflow run whose tag `same` has the value in `tags`: found, or made with name, tags and params."""
     mlflow = client(uri)
     experiment = _experiment(mlflow)
@@ -130,8 +130,7 @@ def begin(uri: str, name: str, tags: dict[str, str], params: dict[str, Any], *, 
         # A start that was killed at once may have left none of them.
         _add_params(mlflow, run_id, {key: value for key, value in params.items() if key not in there})
         return run_id
-    all_tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
-    run_id = mlflow.create_run(experiment, run_name=name, tags=all_tags).info.run_id
+    run_id = mlflow.create_run(experiment, run_name=name, tags=tags).info.run_id
     _add_params(mlflow, run_id, params)
     return run_id
 
