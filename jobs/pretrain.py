@@ -7,7 +7,7 @@ Ray on this machine. `python jobs/pretrain.py EXPERIMENT --help` lists every fie
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -102,7 +102,7 @@ def pretrain(arguments: Arguments) -> None:
     from shards.cluster import connect, require
     from shards.storage import Folder
 
-    config, name = arguments.config, arguments.run or arguments.config.name
+    config, name = located(arguments.config), arguments.run or arguments.config.name
     folder = Folder(arguments.to) / name
     uri = tracking_uri(arguments.tracking_uri or None)
     training, validation = refuse_misfits(config, arguments.processes)
@@ -143,6 +143,15 @@ def pretrain(arguments: Arguments) -> None:
     assert about, "a run that ends well has exported its model"
     log.end(uri, mlflow_run, tags={"vitscale.checkpoint": about["digest"]})
     print(f"{name}: {result(about)}; {folder.absolute}/export")
+
+
+def located(config: Config) -> Config:
+    """The run with its folders as they read from any working directory: those of its processes are others."""
+    from shards.storage import Folder
+
+    data = config.data
+    places = {place: value for place in ("shards", "validation", "cache") if (value := getattr(data, place))}
+    return replace(config, data=replace(data, **{place: Folder(value).absolute for place, value in places.items()}))
 
 
 def result(about: dict) -> str:

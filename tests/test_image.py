@@ -19,11 +19,11 @@ def encoded(kind: str, mode: str = "RGB") -> bytes:
     return data.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(kind, mode) for kind in ("PNG", "JPEG", "WEBP") for mode in ("RGB", "L")] + [("JPEG", "CMYK")],
+)
 def test_every_format_decodes_to_what_pillow_says(kind: str, mode: str) -> None:
-    if (kind, mode) in (("PNG", "CMYK"), ("WEBP", "CMYK")):
-        pytest.skip("there is no such file")
     data = encoded(kind, mode)
     ours, theirs = decode(data), np.asarray(Image.open(BytesIO(data)).convert("RGB"))
     assert ours.shape == theirs.shape and ours.dtype == np.uint8
