@@ -123,5 +123,5 @@ def cut(picture: Pixels, crops: Crops, i: int, out: Pixels) -> None:
     box = picture[top : top + height, left : left + width]
     # Shrinking averages what falls into a pixel; only enlarging may look at four neighbours alone.
     how = cv2.INTER_AREA if width > out.shape[1] and height > out.shape[0] else cv2.INTER_LINEAR
-    scaled = cv2.resize(box, (out.shape[1], out.shape[0]), interpolation=how)
+    scaled = box if box.shape == out.shape else cv2.resize(box, (out.shape[1], out.shape[0]), interpolation=how)
     out[:] = scaled[:, ::-1] if crops.mirrored[i] else scaled

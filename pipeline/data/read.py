@@ -52,7 +52,7 @@ class Reader:
     def bytes(self, shard: int, place: int) -> bytes:
         """The encoded picture at `place` of `shard`."""
         found = self.at_hand(shard)
-        size, offset = int(found.size[place]), int(found.offset[place])
+        size, offset = found.size.item(place), found.offset.item(place)
         data = os.pread(found.file.descriptor, size, offset)
         if len(data) != size:
             raise ValueError(f"{self.shards.manifest.shards[shard].name} ends before its picture {place}")

@@ -79,6 +79,15 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
 
+    def seed(self, seed: int) -> None:
+        """What the model draws from now on follows from `seed`.
+
+        The two generators that can matter; `torch.manual_seed` looks at every kind of device there is, each time.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     @property
     def gradient_norm(self) -> Tensor:
         """Global norm of the last step's gradient, before clipping."""

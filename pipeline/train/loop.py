@@ -35,7 +35,7 @@ def train(
         rate = learning_rate(config.optim, step, steps)
         engine.set_rate(rate)
         # What a model draws (dropout) depends on the step and the process, not on what was drawn before.
-        torch.manual_seed(number("step", config.seed, step, world.rank))
+        engine.seed(number("step", config.seed, step, world.rank))
         losses = []
         for _ in range(passes):
             batch = next(batches)
