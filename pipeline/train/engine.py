@@ -200,5 +200,9 @@ def _import(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    if device.type == "cpu":
+        # An operator for inference that is compiled under a lock file: a process killed there leaves the lock, and
+        # every later start waits for it for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
