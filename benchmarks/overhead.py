@@ -33,7 +33,7 @@ from pipeline.objectives.classify import loss
 from pipeline.optim.schedule import learning_rate
 from pipeline.track import log
 from pipeline.train.checkpoint import Checkpoints
-from pipeline.train.engine import Engine, settings
+from pipeline.train.engine import Engine, library, settings
 from pipeline.train.loop import to_device, train
 from pipeline.train.run import Meter, build
 from pipeline.world import World
@@ -71,15 +71,13 @@ def bare(config: Config, batches: list[Batch]) -> Callable[[int], float]:
 
 def deepspeed(config: Config, batches: list[Batch]) -> Callable[[int], float]:
     """(b): what DeepSpeed's documentation says."""
-    import deepspeed as library
-
     model = build(config)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=config.optim.betas, weight_decay=config.optim.weight_decay, fused=True
     )
-    engine = library.initialize(model=model, optimizer=optimizer, config=settings(config, 1), dist_init_required=False)[
-        0
-    ]
+    engine = library(CPU).initialize(
+        model=model, optimizer=optimizer, config=settings(config, 1), dist_init_required=False
+    )[0]
 
     def steps(count: int) -> float:
         began = time.perf_counter()

@@ -38,7 +38,7 @@ class Engine:
     """A model under DeepSpeed; needs torch.distributed to be initialised."""
 
     def __init__(self, config: Config, model: nn.Module, world: World, device: torch.device) -> None:
-        deepspeed = _import(device)
+        deepspeed = library(device)
         self.config, self.world, self.device = config, world, device
         self.model = model.to(device)
         self._plain = config.zero == 0 and config.precision == "fp32"
@@ -195,7 +195,8 @@ def settings(config: Config, processes: int) -> dict[str, Any]:
     }
 
 
-def _import(device: torch.device) -> Any:
+def library(device: torch.device) -> Any:
+    """DeepSpeed, imported as it has to be for this device."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
