@@ -9,9 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 import pytest
+
+if TYPE_CHECKING:
+    from tests.faults import Faults
 
 PORTS = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
 FILER = ("filer.port", "filer.port.grpc")
@@ -98,3 +102,34 @@ def _make_bucket(environment: dict[str, str], log: Path) -> None:
             if time.monotonic() > limit:
                 raise AssertionError(f"no S3 server after a minute; {log} ends: {log.read_text()[-1000:]}") from error
             time.sleep(0.3)
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(s3_server: dict[str, str]) -> Iterator[tuple[str, "Faults"]]:
+    """The address of a proxy before the S3 server, and the faults that it injects."""
+    from tests.faults import proxy
+
+    with proxy(s3_server["AWS_ENDPOINT_URL"]) as (url, faults):
+        yield url, faults
+
+
+@pytest.fixture
+def faulty(
+    s3_server: dict[str, str],
+    s3_proxy: tuple[str, "Faults"],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Iterator[tuple[str, "Faults"]]:
+    """The URL of an empty prefix in a bucket behind the proxy, and its faults: none before they are chosen.
+
+    Stores are waited for a short while only.
+    """
+    from shards import retry
+
+    for name, value in {**s3_server, "AWS_ENDPOINT_URL": s3_proxy[0]}.items():
+        monkeypatch.setenv(name, value)
+    short = retry.Patience(seconds=20, first=0.01, longest=0.1, connect=0.2, silence=0.4, requests=1, pace=1e7)
+    monkeypatch.setattr(retry, "PATIENCE", short)
+    s3_proxy[1].calm()
+    yield f"s3://bucket/faulty/{tmp_path.name}", s3_proxy[1]
+    s3_proxy[1].calm()
