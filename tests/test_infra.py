@@ -164,7 +164,7 @@ def test_whatever_the_image_copies_is_there_and_not_ignored() -> None:
     ]
     assert {"pyproject.toml", "constraints.txt", "pipeline", "shards", "jobs"} <= set(copied)
     admitted = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert set(copied) == admitted
+    assert {name.partition("/")[0] for name in copied} == admitted
     assert all((ROOT / source).exists() for source in copied)
 
 
