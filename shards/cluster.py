@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ PASSED_ON = (
     "DS_ACCELERATOR",
     "VITSCALE_CODE",
 )
+
+RETRIES = 8
+"""How often a task may lose its process, its machine or its storage before a job is given up."""
 
 
 def connect() -> None:
@@ -41,6 +45,8 @@ def connect() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(os.environ["RAY_ADDRESS"], **settings)
     else:  # "local": never a Ray that somebody else happens to run on this machine
+        # Ray warns that its tokens are on, which is what one wants.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         ray.init("local", include_dashboard=False, **settings)
 
 
@@ -69,26 +75,65 @@ def each(
 
     Yields at least once in `every` seconds, an empty list where nothing has ended. Twice as many tasks as there is
     room for are submitted, so that arguments are made no sooner than needed. A task whose machine or storage failed is
-    run again, three times; what `work` itself raises is raised here, and the other tasks are cancelled.
+    run again, several times; what `work` itself raises is raised here, and the other tasks are cancelled.
     """
-    options = {"num_cpus": cpus, "max_retries": 3, "retry_exceptions": [OSError], "scheduling_strategy": "SPREAD"}
-    task: Any = ray.remote(**options)(work)
-    left, running = iter(arguments), []
+    for ended in _each(work, arguments, cpus, every):
+        yield [result for _, result in ended]
+
+
+def mapped(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """The same, in the order of the arguments."""
+    connect()
+    early: dict[int, Any] = {}
+    due = 0
+    for ended in _each(work, arguments, 1.0, 1.0):
+        early.update(ended)
+        while due in early:
+            yield early.pop(due)
+            due += 1
+
+
+def _each(
+    work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], cpus: float, every: float
+) -> Iterator[list[tuple[int, Any]]]:
+    """Number and result of each task, as they end."""
+    options = {"num_cpus": cpus, "max_retries": RETRIES, "retry_exceptions": [OSError], "scheduling_strategy": "SPREAD"}
+    task: Any = ray.remote(**options)(_guarded)
+    left = enumerate(arguments)
+    running: dict[Any, int] = {}
     try:
         while True:
             room = max(2, round(2 * ray.cluster_resources().get("CPU", 1.0) / cpus))
-            running += [task.remote(*argument) for argument in islice(left, room - len(running))]
+            for number, argument in islice(left, max(0, room - len(running))):
+                running[task.remote(work, argument)] = number
             if not running:
                 return
-            ended, running = ray.wait(running, num_returns=1, timeout=every)
-            yield [_result(reference) for reference in ended]
+            ended, _ = ray.wait(list(running), num_returns=1, timeout=every)
+            yield [(running.pop(reference), _result(reference)) for reference in ended]
     finally:
         for reference in running:
             ray.cancel(reference)
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """What a task raised, where another try would raise it again."""
+
+    error: Exception
+
+
+def _guarded(work: Callable[..., Any], argument: tuple[Any, ...]) -> Any:
+    try:
+        return work(*argument)
+    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        return _Fault(error)
+
+
 def _result(reference: Any) -> Any:
     try:
-        return ray.get(reference)
+        found = ray.get(reference)
     except RayTaskError as error:
         raise error.cause from error
+    if isinstance(found, _Fault):
+        raise found.error
+    return found

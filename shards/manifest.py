@@ -1,11 +1,14 @@
 """The contract between who writes a shard set and who reads it.
 
 A set is a folder with `000000.tar ...`, `index.parquet` and, written last, `manifest.json`. The index has one row a
-picture and one row group a shard, so that a reader takes it shard by shard. A folder without a manifest is not a set.
+picture and one row group a shard, so that a reader takes it shard by shard. Beside them, where there are any, lie
+`refused.parquet` and `duplicates.parquet`: what was left out, and why. A folder without a manifest is not a set.
+
+A set may describe shards that lie elsewhere (`tars`): then its folder holds everything but the tars.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from io import BytesIO
@@ -19,9 +22,11 @@ from numpy.typing import NDArray
 
 from shards.storage import Folder
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
+REFUSED = "refused.parquet"
+DUPLICATES = "duplicates.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -35,6 +40,8 @@ SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int32())),
     ]
 )
+
+REFUSED_SCHEMA = pa.schema([("shard", pa.int32()), ("key", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,14 @@ class Manifest:
     recipe: dict[str, Any]
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
-    index_sha256: str
+    files: dict[str, str]
+    """The sha256 of the Parquet files beside the manifest, by name."""
     refused: dict[str, int]
-    """Pictures left out, by reason."""
+    """Pictures that could not be used, by reason; `refused.parquet` names them."""
+    removed: dict[str, int] = field(default_factory=dict)
+    """Pictures that were taken out as duplicates, by reason; `duplicates.parquet` names them."""
+    tars: str = ""
+    """Folder or URL of the shards, where they do not lie beside the manifest."""
 
     @property
     def samples(self) -> int:
@@ -92,15 +104,19 @@ class Manifest:
         """Read what `to_json` wrote; ValueError where it is damaged or of a newer format."""
         try:
             values = json.loads(data)
-            if values["format"] > FORMAT:
-                raise ValueError(f"{where} has format {values['format']}; this version reads up to {FORMAT}")
+            if values["format"] != FORMAT:
+                raise ValueError(
+                    f"{where} has format {values['format']}, this version reads {FORMAT}: make the set again"
+                )
             manifest = Manifest(
                 name=values["name"],
                 recipe=values["recipe"],
                 classes=tuple(values["classes"]),
                 shards=tuple(Shard(**shard) for shard in values["shards"]),
-                index_sha256=values["index_sha256"],
+                files=values["files"],
                 refused=values["refused"],
+                removed=values["removed"],
+                tars=values["tars"],
             )
             root = values["root"]
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -120,6 +136,7 @@ class ShardSet:
         self.folder = Folder(url)
         self._one_at_a_time = Lock()
         self.manifest = self._manifest()
+        self.tars = Folder(self.manifest.tars) if self.manifest.tars else self.folder
         self._check_sizes()
 
     def _manifest(self) -> Manifest:
@@ -136,17 +153,18 @@ class ShardSet:
             ) from None
 
     def _check_sizes(self) -> None:
-        sizes = self.folder.sizes()
+        sizes = self.tars.sizes()
         for shard in self.manifest.shards:
             if shard.name not in sizes:
-                raise ValueError(f"{self.folder.absolute}/{shard.name} is missing, though the manifest names it")
+                raise ValueError(f"{self.tars.absolute}/{shard.name} is missing, though the manifest names it")
             if sizes[shard.name] != shard.bytes:
                 raise ValueError(
-                    f"{self.folder.absolute}/{shard.name} has {sizes[shard.name]} bytes, "
-                    f"not the manifest's {shard.bytes}"
+                    f"{self.tars.absolute}/{shard.name} has {sizes[shard.name]} bytes, not the manifest's {shard.bytes}"
                 )
-        if INDEX not in sizes:
-            raise ValueError(f"{self.folder.absolute}/{INDEX} is missing")
+        beside = self.folder.sizes() if self.manifest.tars else sizes
+        for name in self.manifest.files:
+            if name not in beside:
+                raise ValueError(f"{self.folder.absolute}/{name} is missing")
 
     @cached_property
     def _index(self) -> pq.ParquetFile:
@@ -165,7 +183,7 @@ class ShardSet:
         if self.folder.local:
             return pq.ParquetFile(self.folder.local / INDEX, memory_map=True)
         data = self.folder.read(INDEX)
-        if sha256(data).hexdigest() != self.manifest.index_sha256:
+        if sha256(data).hexdigest() != self.manifest.files[INDEX]:
             raise ValueError(f"{where} is damaged: its digest is not that of the manifest")
         return pq.ParquetFile(BytesIO(data))
 
@@ -178,6 +196,12 @@ class ShardSet:
     def first(self) -> NDArray[np.int64]:
         """Number of each shard's first picture, counting through the set."""
         return np.concatenate([[0], np.cumsum(self.counts)[:-1]])
+
+    def beside(self, name: str) -> pa.Table | None:
+        """`refused.parquet` or `duplicates.parquet`; None where nothing was left out."""
+        if name not in self.manifest.files:
+            return None
+        return pq.read_table(BytesIO(self.folder.read(name)))
 
     def rows(self, shard: int) -> pa.Table:
         """The index of one shard: a row a picture, in the order of the tar, with the columns of `SCHEMA`."""

@@ -10,17 +10,24 @@ from shards.chance import permuted
 
 @dataclass(frozen=True)
 class Plan:
-    """`samples` pictures in an order that `shuffle` decides, cut into equal shards of about `samples_per_shard`."""
+    """`samples` pictures in an order that `shuffle` decides, cut into equal shards of about `samples_per_shard`.
+
+    Runs of `run` neighbours of the source stay in one shard (two, where a shard ends within a run): that saves
+    requests where the source is a store, and costs mixing. Within a shard the order is shuffled in any case.
+    """
 
     samples: int
     samples_per_shard: int
     shuffle: str
+    run: int = 1
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError("there are no pictures to put into shards")
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}; at least 1 is needed")
+        if not 1 <= self.run <= self.samples_per_shard:
+            raise ValueError(f"run is {self.run}; it lies between 1 and samples_per_shard, {self.samples_per_shard}")
 
     @property
     def shards(self) -> int:
@@ -32,7 +39,18 @@ class Plan:
 
         Every picture is in exactly one shard; the sizes of two shards differ by one at most.
         """
-        return permuted(np.arange(self._first(shard), self._first(shard + 1)), self.samples, "shards", self.shuffle)
+        places = np.arange(self._first(shard), self._first(shard + 1))
+        if self.run == 1:
+            return permuted(places, self.samples, "shards", self.shuffle)
+        numbers = self._of_runs(places)
+        return numbers[permuted(np.arange(len(numbers)), len(numbers), "places", self.shuffle, shard)]
+
+    def _of_runs(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What stands at `places` when whole runs are put in another order; an incomplete last run stays last."""
+        whole = self.samples // self.run
+        moved = places < whole * self.run
+        runs = permuted(places[moved] // self.run, whole, "runs", self.shuffle) if whole else places[:0]
+        return np.concatenate([runs * self.run + places[moved] % self.run, places[~moved]])
 
     def size(self, shard: int) -> int:
         """How many pictures a shard has."""

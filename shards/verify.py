@@ -6,7 +6,7 @@ from typing import Any
 
 from shards import cluster
 from shards.image import Refused, look
-from shards.manifest import INDEX, Shard, ShardSet
+from shards.manifest import Shard, ShardSet
 from shards.progress import Progress
 from shards.storage import Folder, digest
 
@@ -21,7 +21,7 @@ def verify(url: str) -> str:
         raise ValueError(f"there is no shard set at {Folder(url).absolute}: no such folder, or an empty one")
     try:
         found = ShardSet(url)
-        wrong = _wrong_index(found)
+        wrong = _wrong_files(found)
         if wrong:
             return wrong
         return _read_all(found)
@@ -29,18 +29,19 @@ def verify(url: str) -> str:
         return str(error)
 
 
-def _wrong_index(found: ShardSet) -> str:
+def _wrong_files(found: ShardSet) -> str:
     with tempfile.TemporaryDirectory(prefix="vitscale-") as folder:
-        local = Path(folder) / INDEX
-        found.folder.get(INDEX, local)
-        if digest(local) != found.manifest.index_sha256:
-            return f"{found.folder.absolute}/{INDEX}: its digest is not that of the manifest"
+        for name, sha256 in found.manifest.files.items():
+            local = Path(folder) / name
+            found.folder.get(name, local)
+            if digest(local) != sha256:
+                return f"{found.folder.absolute}/{name}: its digest is not that of the manifest"
     return ""
 
 
 def _read_all(found: ShardSet) -> str:
     arguments = (
-        (found.folder, shard, found.rows(number).to_pylist(), len(found.manifest.classes))
+        (found.tars, shard, found.rows(number).to_pylist(), len(found.manifest.classes))
         for number, shard in enumerate(found.manifest.shards)
     )
     cluster.connect()
@@ -51,7 +52,7 @@ def _read_all(found: ShardSet) -> str:
         for name, samples, problem in ended:
             done += samples
             if problem:
-                wrong[name] = f"{found.folder.absolute}/{name}: {problem}"
+                wrong[name] = f"{found.tars.absolute}/{name}: {problem}"
         progress.update(done, wrong=str(len(wrong)))
     return wrong[min(wrong)] if wrong else ""
 

@@ -13,15 +13,16 @@ from threading import Thread
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from ray import cloudpickle
 
-from shards.build import Recipe, build, make_shard
-from shards.datasets import fashion_mnist, find
-from shards.image import encode
+from shards.build import build, make_shard
+from shards.datasets import fashion_mnist, find, known
+from shards.image import KEEP, encode
 from shards.manifest import INDEX, MANIFEST, ShardSet
-from shards.plan import Plan
-from shards.sources import Arrays, Picture, Pictures
+from shards.recipe import Recipe
+from shards.sources import Arrays, Origin, Picture, Pictures, listing
 from shards.storage import Folder
 from shards.verify import verify
 
@@ -37,6 +38,13 @@ class Given:
 
     data: list[bytes]
     numbers: tuple[int, ...]
+    classes = ()
+
+    @property
+    def table(self) -> pa.Table:
+        keys, labels = [f"p{number:04}" for number in self.numbers], [[number % 3] for number in self.numbers]
+        count = len(keys)
+        return listing(keys, [0] * count, list(range(count)), [-1] * count, labels)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -71,12 +79,12 @@ def given(count: int, broken: int = 0) -> Given:
     return Given(encoded(count, broken), tuple(range(count)))
 
 
-def recipe(count: int, each: int = 10) -> Recipe:
-    return Recipe("test", "all", "none", ("a", "b", "c"), Plan(count, each, "test"))
+def recipe(each: int = 10) -> Recipe:
+    return Recipe("test", "all", "none", ("a", "b", "c"), samples_per_shard=each)
 
 
 def make(to: Path, pictures: Pictures, each: int = 10) -> dict[str, bytes]:
-    build(recipe(len(pictures), each), lambda: pictures, Folder(str(to)))
+    build(recipe(each), lambda: pictures, Folder(str(to)))
     return contents(to)
 
 
@@ -95,10 +103,11 @@ def prepare(*words: object, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_a_set_is_the_same_bytes_whoever_makes_its_shards_in_whatever_order(local_ray: None, tmp_path: Path) -> None:
-    by_ray, wanted = make(tmp_path / "a", given(97)), recipe(97)
+    by_ray, wanted = make(tmp_path / "a", given(97)), recipe()
     assert sorted(by_ray) == [*(f"{n:06}.tar" for n in range(10)), INDEX, MANIFEST]
-    for shard in reversed(range(wanted.plan.shards)):
-        make_shard(shard, given(97).take(wanted.plan.numbers(shard)), Folder(str(tmp_path / "b")))
+    plan = wanted.plan(97)
+    for shard in reversed(range(plan.shards)):
+        make_shard(shard, given(97).take(plan.numbers(shard)), Folder(str(tmp_path / "b")), KEEP)
     assert {name: data for name, data in by_ray.items() if name.endswith("tar")} == {
         name: data for name, data in contents(tmp_path / "b").items() if name.endswith("tar")
     }
@@ -132,7 +141,7 @@ def test_what_is_there_is_not_made_again(local_ray: None, tmp_path: Path) -> Non
         raise AssertionError("nobody has to look at the pictures")
 
     made = make(tmp_path / "a", given(40))
-    assert build(recipe(40), never, Folder(str(tmp_path / "a"))).samples == 40
+    assert build(recipe(), never, Folder(str(tmp_path / "a"))).samples == 40
     assert contents(tmp_path / "a") == made
 
 
@@ -140,16 +149,16 @@ def test_what_is_there_is_not_made_again(local_ray: None, tmp_path: Path) -> Non
 def test_whatever_was_made_before_a_build_ends_as_if_undisturbed(
     local_ray: None, tmp_path: Path, kept: tuple[int, ...]
 ) -> None:
-    wanted, half = recipe(40), tmp_path / "half"
+    wanted, half = recipe(), tmp_path / "half"
     for shard in kept:
-        make_shard(shard, given(40).take(wanted.plan.numbers(shard)), Folder(str(half)))
+        make_shard(shard, given(40).take(wanted.plan(40).numbers(shard)), Folder(str(half)), KEEP)
     half.mkdir(exist_ok=True)
-    (Folder(str(half)) / "parts").create("plan.json", _plan_of(tmp_path, wanted))
+    (Folder(str(half)) / "parts").create("recipe.json", _claim_of(tmp_path, wanted))
     (half / f".000003.tar.{'a' * 32}").write_bytes(b"what a killed writer leaves")
     assert make(half, given(40)) == make(tmp_path / "whole", given(40))
 
 
-def _plan_of(tmp_path: Path, wanted: Recipe) -> bytes:
+def _claim_of(tmp_path: Path, wanted: Recipe) -> bytes:
     """The record that a build makes before its first shard."""
 
     class Stop(Exception):
@@ -161,7 +170,7 @@ def _plan_of(tmp_path: Path, wanted: Recipe) -> bytes:
 
     with pytest.raises(Stop):
         build(wanted, lambda: Stopping([], tuple(range(40))), Folder(str(tmp_path / "stopped")))
-    return (tmp_path / "stopped" / "parts" / "plan.json").read_bytes()
+    return (tmp_path / "stopped" / "parts" / "recipe.json").read_bytes()
 
 
 def test_a_target_that_holds_anything_else_is_refused_and_left_as_it_is(local_ray: None, tmp_path: Path) -> None:
@@ -180,7 +189,7 @@ def test_a_source_that_fails_leaves_nothing_at_the_target(tmp_path: Path) -> Non
         raise ValueError("no such pictures")
 
     with pytest.raises(ValueError, match="no such pictures"):
-        build(recipe(40), fails, Folder(str(tmp_path / "a")))
+        build(recipe(), fails, Folder(str(tmp_path / "a")))
     assert contents(tmp_path) == {}
 
 
@@ -228,10 +237,10 @@ def test_a_job_killed_half_way_and_started_again_equals_an_undisturbed_one(local
     assert again.returncode == 0, again.stderr
     assert all((tmp_path / "a" / "digits" / "train800" / name).stat().st_mtime_ns == before[name] for name in finished)
     dataset = find("digits")
-    for split, count in dataset.splits.items():
+    for split in dataset.splits:
         to = Folder(str(tmp_path / "b" / "digits" / split))
-        wanted = Recipe("digits", split, dataset.licence, dataset.classes, Plan(count, 4, f"digits/{split}"))
-        build(wanted, lambda split=split: dataset.pictures(split, "", Folder("nowhere")), to)
+        wanted = Recipe("digits", split, dataset.licence, dataset.classes, samples_per_shard=4)
+        build(wanted, lambda split=split: dataset.pictures(split, Origin()), to)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -258,11 +267,11 @@ def _kill_when(command: list[object], ready: Callable[[], bool]) -> None:
 
 def test_a_finished_set_is_said_to_be_there_without_a_ray(local_ray: None, tmp_path: Path) -> None:
     dataset = find("digits")
-    for split, count in dataset.splits.items():
-        wanted = Recipe("digits", split, dataset.licence, dataset.classes, Plan(count, 5000, f"digits/{split}"))
+    for split in dataset.splits:
+        wanted = Recipe("digits", split, dataset.licence, dataset.classes)
         build(
             wanted,
-            lambda split=split: dataset.pictures(split, "", Folder("x")),
+            lambda split=split: dataset.pictures(split, Origin()),
             Folder(str(tmp_path / "digits" / split)),
         )
     again = prepare("digits", "--to", tmp_path)
@@ -277,8 +286,8 @@ def test_a_bucket_gets_the_bytes_that_a_folder_gets(local_ray: None, s3: str, tm
     made = prepare("digits", "--to", s3, "--samples-per-shard", "100")
     assert made.returncode == 0, made.stderr
     dataset = find("digits")
-    wanted = Recipe("digits", "test", dataset.licence, dataset.classes, Plan(797, 100, "digits/test"))
-    build(wanted, lambda: dataset.pictures("test", "", Folder("x")), Folder(str(tmp_path)))
+    wanted = Recipe("digits", "test", dataset.licence, dataset.classes, samples_per_shard=100)
+    build(wanted, lambda: dataset.pictures("test", Origin()), Folder(str(tmp_path)))
     bucket = Folder(f"{s3}/digits/test")
     assert {name: bucket.read(name) for name in bucket.sizes()} == contents(tmp_path)
     assert (bucket / "parts").sizes() == {} and Folder(f"{s3}/digits").folders() == ["test", "train800", "val200"]
@@ -293,9 +302,13 @@ def test_a_bucket_gets_the_bytes_that_a_folder_gets(local_ray: None, s3: str, tm
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["fashon"], "no data set 'fashon'; there are: digits, fashion_mnist, fashion_offset, mnist"),
+        (["minst"], f"no data set 'minst'; do you mean mnist? prepare.py --list shows the {len(known())} there are"),
         (["digits"], "--to is missing: the folder or URL for the shard sets"),
-        (["digits", "--tu", "x"], "no option --tu; there are: --to, --source, --samples-per-shard"),
+        (
+            ["digits", "--tu", "x"],
+            "no option --tu; there are: --to, --source, --split, --name, --classes, --samples-per-shard, --seed, "
+            "--run, --short-side, --format, --quality, --check, --duplicates, --against, --refused-limit, --keep-sound",
+        ),
         (["digits", "--to", "nowhere", "--samples-per-shard", "0"], "samples_per_shard is 0; at least 1 is needed"),
         (["--to", "x"], "the data set comes first, then --to; --list shows the data sets"),
         (["verify", "/nowhere"], "there is no shard set at /nowhere: no such folder, or an empty one"),
@@ -309,8 +322,9 @@ def test_every_mistake_is_answered_in_one_line(words: list[str], answer: str) ->
 
 def test_the_list_shows_every_data_set_with_its_licence() -> None:
     lines = prepare("--list").stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["digits", "fashion_mnist", "fashion_offset", "mnist"]
-    assert "train 60,000, test 10,000" in lines[2] and "MIT" in lines[2]
+    assert [line.split()[0] for line in lines[1:]] == list(known())
+    shown = next(line for line in lines if line.startswith("fashion_mnist"))
+    assert "train 60,000, test 10,000" in shown and "MIT" in shown
 
 
 def test_what_is_fetched_from_the_web_is_kept_and_not_fetched_again(tmp_path: Path) -> None:

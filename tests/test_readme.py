@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import experiments
+from shards.datasets import known
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,11 +48,19 @@ def test_every_experiment_stands_in_the_readme_as_its_file_says() -> None:
 
 def test_every_file_and_folder_of_the_readme_is_there() -> None:
     tree = README.split("## What lies where")[1].split("```")[1]
+    top = ""
     for line in tree.splitlines():
-        inside = "pipeline/" if line.startswith("  ") else ""
+        top = line.split()[0] if line and not line.startswith(" ") else top
+        inside = top if line.startswith("  ") else ""
         for name in re.findall(r"^ {0,2}([\w./]+(?: [\w./]+)*) {2,}", line):
             for one in name.split():
                 assert (ROOT / inside / one).exists(), one
+
+
+def test_every_data_set_and_form_that_the_documentation_names_is_there() -> None:
+    named = re.findall(r"prepare\.py (\w[\w,]*)", (ROOT / "docs/shards.md").read_text())
+    every = {name for names in named for name in names.split(",")} - {"", "index", "verify", "describe"}
+    assert len(every) > 10 and every <= known().keys()
 
 
 def test_every_script_of_jobs_is_named_like_no_module_of_the_standard_library() -> None:

@@ -29,7 +29,7 @@ def shard_set(folder: Path, *, sizes: tuple[int, ...] = (7, 5, 11, 9), side: int
             first += size
     digest = sha256((folder / INDEX).read_bytes()).hexdigest()
     names = tuple(f"class {i}" for i in range(classes))
-    (folder / MANIFEST).write_bytes(Manifest("tiny", {}, names, tuple(shards), digest, {}).to_json())
+    (folder / MANIFEST).write_bytes(Manifest("tiny", {}, names, tuple(shards), {INDEX: digest}, {}).to_json())
     return ShardSet(str(folder))
 
 

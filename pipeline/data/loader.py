@@ -138,7 +138,7 @@ def feed(shards: ShardSet, config: Config) -> Feed:
     """A feed of a shard set with the run's size, threads and cache."""
     data = config.data
     cache = None
-    if not shards.folder.local:
+    if not shards.tars.local:
         folder = Path(data.cache or Path.home() / ".cache" / "vitscale" / "shards")
         cache = Cache(folder, int(data.cache_gigabytes * 1e9))
     return Feed(Reader(shards, cache), config.model.image_size, data.threads)

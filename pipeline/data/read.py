@@ -75,10 +75,10 @@ class Reader:
 
     def _path(self, shard: int) -> Path:
         about = self.shards.manifest.shards[shard]
-        local = self.shards.folder.local
+        local = self.shards.tars.local
         if not local:
             assert self.cache is not None, "remote shards are read by a cache"
-            return self.cache.path(self.shards.folder, about)
+            return self.cache.path(self.shards.tars, about)
         path = local / about.name
         if shard not in self._verified:
             if digest(path) != about.sha256:

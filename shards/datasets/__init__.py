@@ -4,6 +4,7 @@ import hashlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -11,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.chance import permuted
-from shards.sources import Arrays, Pictures
-from shards.storage import Folder
+from shards.sources import Arrays, Origin, Pictures
 
 
 @dataclass(frozen=True)
@@ -23,31 +23,48 @@ class Dataset:
     what: str
     licence: str
     citation: str
-    classes: tuple[str, ...]
-    splits: Mapping[str, int]
-    """Pictures of each split."""
-    read: Callable[[str, str, Folder], Pictures]
-    """The pictures of (split, source, downloads): `source` is a folder or URL, the usual place if empty; what has to
-    be fetched is kept in `downloads`."""
+    classes: tuple[str, ...] | int
+    """Names of the classes in their order; their count where only the source knows the names, 0 where it varies."""
+    splits: Mapping[str, int | None]
+    """Pictures of each split; None where that varies."""
+    read: Callable[[str, Origin], Pictures]
+    """The pictures of a split."""
+    source: str = ""
+    """What `--source` is; empty where none is needed."""
+    run: int = 1
+    """Neighbours that are best kept together, since the source is read in such pieces (see `Plan`)."""
 
-    def pictures(self, split: str, source: str, downloads: Folder) -> Pictures:
-        """The pictures of a split; ValueError where there are not as many as there should be."""
-        found = self.read(split, source, downloads)
-        if len(found) != self.splits[split]:
-            raise ValueError(f"{self.name}/{split} has {len(found):,} pictures, {self.splits[split]:,} expected")
+    def pictures(self, split: str, origin: Origin) -> Pictures:
+        """The pictures of a split; ValueError where there are not as many pictures or classes as there should be."""
+        if self.source and not origin.source:
+            raise ValueError(f"{self.name} needs --source: {self.source}")
+        found, expected = self.read(split, origin), self.splits[split]
+        if expected is not None and len(found) != expected:
+            raise ValueError(f"{self.name}/{split} has {len(found):,} pictures, {expected:,} expected")
+        count = self.classes if isinstance(self.classes, int) else len(self.classes)
+        if found.classes and count and len(found.classes) != count:
+            raise ValueError(f"{self.name}/{split} has {len(found.classes):,} classes, {count:,} expected")
         return found
 
 
-def known() -> list[str]:
-    """Names of the data sets: the files of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+def known() -> dict[str, Dataset]:
+    """The data sets by name: each file of this folder says `DATASET`, or `DATASETS` where it describes several."""
+    found: dict[str, Dataset] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        module = import_module(f"{__name__}.{name}")
+        each = module.DATASETS if hasattr(module, "DATASETS") else (module.DATASET,)
+        found.update({dataset.name: dataset for dataset in each})
+    return found
 
 
 def find(name: str) -> Dataset:
-    """The data set of this name; ValueError, naming those that exist, where there is none."""
-    if name not in known():
-        raise ValueError(f"no data set {name!r}; there are: {', '.join(known())}")
-    return import_module(f"{__name__}.{name}").DATASET
+    """The data set of this name; ValueError, naming those that are called much like it, where there is none."""
+    there = known()
+    if name not in there:
+        alike = get_close_matches(name, there, cutoff=0.75)
+        means = f"do you mean {' or '.join(alike)}? " if alike else ""
+        raise ValueError(f"no data set {name!r}; {means}prepare.py --list shows the {len(there)} there are")
+    return there[name]
 
 
 # A task of 1,000 training pictures, in the manner of VTAB-1k (Zhai et al. 2019, section 2.2): 800 to train on while

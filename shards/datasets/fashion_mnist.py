@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from shards.datasets import Dataset
-from shards.sources import Arrays, idx
+from shards.sources import Arrays, Origin, idx
 from shards.storage import Folder
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -22,20 +22,20 @@ FILES = {
 }
 
 
-def read(split: str, source: str, downloads: Folder) -> Arrays:
-    """The pictures of `train` or `test` from `source`, else from Debian's package, else from the public address."""
+def read(split: str, origin: Origin) -> Arrays:
+    """The pictures of `train` or `test`: from the given source, Debian's package or the public address."""
     (pictures, of_pictures), (labels, of_labels) = FILES[split].items()
-    folder = _folder(split, source, downloads)
+    folder = _folder(split, origin)
     pixels, classes = idx.pair(folder, pictures, labels, digests=(of_pictures, of_labels))
     return Arrays([f"{split}-{number:05}" for number in range(len(pixels))], pixels, classes)
 
 
-def _folder(split: str, source: str, downloads: Folder) -> Folder:
-    if source:
-        return Folder(source)
+def _folder(split: str, origin: Origin) -> Folder:
+    if origin.source:
+        return Folder(origin.source)
     if DEBIAN.is_dir():
         return Folder(str(DEBIAN))
-    return download(Folder(PUBLIC), [f"{name}.gz" for name in FILES[split]], downloads / "fashion_mnist")
+    return download(Folder(PUBLIC), [f"{name}.gz" for name in FILES[split]], origin.downloads / "fashion_mnist")
 
 
 def download(web: Folder, names: list[str], kept: Folder) -> Folder:

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from shards.chance import mixed, number
 from shards.datasets import Dataset, fashion_mnist, thousand, thousand_splits
-from shards.sources import Arrays
-from shards.storage import Folder
+from shards.sources import Arrays, Origin
 
 COUNT = 10_000
 CANVAS, SIDE = 56, 28
@@ -18,10 +17,10 @@ BINS, PLACES = 8, 3  # places in each bin
 MARGIN = (CANVAS - SIDE - BINS * PLACES) // 2
 
 
-def read(split: str, source: str, downloads: Folder) -> Arrays:
-    """The pictures of a split, 56 x 56; `source` is that of Fashion-MNIST."""
+def read(split: str, origin: Origin) -> Arrays:
+    """The pictures of a split, 56 x 56; the source is that of Fashion-MNIST."""
     numbers = thousand("fashion_offset", split, COUNT)
-    garments = fashion_mnist.read("test", source, downloads).pixels[numbers]
+    garments = fashion_mnist.read("test", origin).pixels[numbers]
     across, down = offsets(numbers)
     pixels = np.zeros((len(numbers), CANVAS, CANVAS), np.uint8)
     for canvas, garment, left, top in zip(pixels, garments, across, down, strict=True):

