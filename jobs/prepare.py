@@ -183,6 +183,7 @@ def _recipe(dataset: "Dataset", split: str, wanted: Prepare, classes: tuple[str,
         run=wanted.run or dataset.run,
         processing=processing,
         clean=Clean(wanted.duplicates, against),
+        keep_sound=wanted.keep_sound,
         refused_limit=wanted.refused_limit,
     )
 

@@ -132,7 +132,7 @@ def checked(pictures: Pictures, classes: tuple[str, ...], where: str) -> Facts:
     _check_labels(table, classes, where)
     ranges = isinstance(pictures, Ranges)
     root = pictures.root if isinstance(pictures, Ranges) else ""
-    return Facts(table.num_rows, _digest(table, where), classes, root, ranges)
+    return Facts(table.num_rows, _digest(pictures, where), classes, root, ranges)
 
 
 def _numbers(table: pa.Table) -> tuple[str, ...]:
@@ -152,9 +152,9 @@ def _check_labels(table: pa.Table, classes: tuple[str, ...], where: str) -> None
     raise ValueError(f"{where}: picture {picture} has the label {label}, there are {len(classes)} classes")
 
 
-def _digest(table: pa.Table, where: str) -> str:
+def _digest(pictures: Pictures, where: str) -> str:
     """The sha256 of a listing; ValueError where a key is there twice."""
-    found = sha256()
+    found, table = sha256(), pictures.table
     hashes = np.empty(table.num_rows, np.int64)
     for start in range(0, table.num_rows, _STEP):
         rows = table.slice(start, _STEP).combine_chunks()
@@ -165,11 +165,11 @@ def _digest(table: pa.Table, where: str) -> str:
             found.update(rows[column].to_numpy().tobytes())
         found.update(pc.list_value_length(rows["labels"]).to_numpy().tobytes())
         found.update(pc.list_flatten(rows["labels"]).to_numpy().tobytes())
-    _check_keys(table, hashes, where)
+    _check_keys(pictures, table, hashes, where)
     return found.hexdigest()
 
 
-def _check_keys(table: pa.Table, hashes: NDArray[np.int64], where: str) -> None:
+def _check_keys(pictures: Pictures, table: pa.Table, hashes: NDArray[np.int64], where: str) -> None:
     """By their hashes, as millions of strings are slow to compare; what hashes alike is then compared itself."""
     order = np.sort(hashes)
     twice = order[1:][order[1:] == order[:-1]]
@@ -180,5 +180,14 @@ def _check_keys(table: pa.Table, hashes: NDArray[np.int64], where: str) -> None:
     seen: dict[str, int] = {}
     for number, key in zip(numbers.tolist(), keys, strict=True):
         if key in seen:
-            raise ValueError(f"{where} has two pictures of the key {key!r}: number {seen[key]} and number {number}")
+            first, second = (_place(pictures, one) for one in (seen[key], number))
+            raise ValueError(f"{where} has two pictures of the key {key!r}: {first} and {second}")
         seen[key] = number
+
+
+def _place(pictures: Pictures, number: int) -> str:
+    """Where a picture lies, for people."""
+    if not isinstance(pictures, Ranges):
+        return f"number {number}"
+    url, offset, size = pictures.place(number)
+    return url if size < 0 or not offset else f"{url} at byte {offset:,}"

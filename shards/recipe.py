@@ -39,6 +39,8 @@ class Recipe:
     """Neighbours of the source that stay together (see `Plan`)."""
     processing: Processing = KEEP
     clean: Clean = Clean()
+    keep_sound: bool = False
+    """Whether what is sound of a damaged file of the source was taken, rather than none of it."""
     refused_limit: float = 0.01
     """Share of pictures that may be unusable before the job fails; decides nothing about the bytes."""
 

@@ -47,7 +47,10 @@ class Folder:
     def place(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """The file system and the path in it."""
         # Listings are not kept: other processes write to the same place.
-        return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **remote.options(self.url))
+        try:
+            return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **remote.options(self.url))
+        except ImportError as error:
+            raise ValueError(f"{self.url} needs a driver that is not installed: {error}") from error
 
     @property
     def local(self) -> Path | None:

@@ -114,7 +114,7 @@ def test_a_plan_on_disk_gives_every_shard_what_the_listing_says(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("keys", "labels", "words"),
     [
-        (["a", "b", "a"], [[0], [0], [0]], "test has two pictures of the key 'a': number 0 and number 2"),
+        (["a", "b", "a"], [[0], [0], [0]], "test has two pictures of the key 'a': /f and /g"),
         (["a", "b", "c"], [[0], [3], [1]], "test: picture b has the label 3, there are 3 classes"),
         (["a", "b", "c"], [[0], [2], [-1]], "test: picture c has the label -1, there are 3 classes"),
         ([], [], "test has no pictures"),
@@ -122,7 +122,8 @@ def test_a_plan_on_disk_gives_every_shard_what_the_listing_says(tmp_path: Path) 
 )
 def test_every_listing_that_cannot_be_planned_is_refused(keys: list[str], labels: list, words: str) -> None:
     count = len(keys)
-    source = Ranges("/", planned.pa.array(["f"]), listing(keys, [0] * count, [0] * count, [-1] * count, labels))
+    files = planned.pa.array(["f", "f", "g"])
+    source = Ranges("/", files, listing(keys, range(count), [0] * count, [-1] * count, labels))
     with pytest.raises(ValueError, match=words):
         planned.checked(source, ("x", "y", "z"), "test")
 
@@ -293,6 +294,10 @@ def test_a_folder_of_pictures_becomes_a_set_by_one_command(pictures: Path, tmp_p
         (["folder"], "--name is missing: what your data set is called (folder is the form it comes in)"),
         (["folder", "--name", "x", "--to", "x"], "x needs --source: the folder that holds the class folders"),
         (["folder", "--name", "x", "--to", "x", "--source", "/nowhere"], "/nowhere"),
+        (
+            ["folder", "--name", "x", "--to", "x", "--source", "gs://b/x"],
+            "gs://b/x needs a driver that is not installed",
+        ),
         (["digits", "--name", "x"], "--name is for pictures without a recipe of their own; digits has its name"),
         (["digits", "--split", "x"], "digits has no split 'x'; there are: train800, val200, test"),
         (["digits", "--to", "x", "--classes", "/none"], "--classes /none: No such file or directory"),
