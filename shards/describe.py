@@ -185,7 +185,7 @@ def contact_sheet(url: str, count: int = 64, side: int = 112) -> bytes:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         pictures = pool.map(lambda row: _picture(found, row, side), chosen)
         names = [_names(row["labels"], found.manifest.classes) for row in chosen]
-        return _sheet(zip(pictures, names, strict=True), len(chosen), side)
+        return sheet(zip(pictures, names, strict=True), len(chosen), side)
 
 
 def evenly(total: int, count: int) -> NDArray[np.int64]:
@@ -215,7 +215,8 @@ def _picture(found: ShardSet, row: dict[str, Any], side: int) -> Image.Image:
         raise ValueError(f"{found.tars}/{name}: {row['member']} does not decode ({error}): verify the set") from error
 
 
-def _sheet(captioned: Iterable[tuple[Image.Image, str]], count: int, side: int) -> bytes:
+def sheet(captioned: Iterable[tuple[Image.Image, str]], count: int, side: int) -> bytes:
+    """A PNG of `count` pictures no larger than `side` pixels, row by row, each with a line beneath it."""
     columns = math.ceil(math.sqrt(count))
     across, down = side + _GAP, side + _TEXT + 2 * _GAP
     size = columns * across + _GAP, math.ceil(count / columns) * down + _GAP
