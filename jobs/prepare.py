@@ -4,6 +4,8 @@
     python jobs/prepare.py folder --name birds --source PICTURES --to FOLDER
                                                    your own: folder, tars, parquet or list
     python jobs/prepare.py index SHARDS --to SET   describes WebDataset shards made elsewhere, without copying them
+    python jobs/prepare.py subset SET --to PART --share 0.1
+                                                   describes a part of a set: a share, so many per class, without some
     python jobs/prepare.py --list                  the data sets, with their splits and licences
     python jobs/prepare.py describe SET            classes, counts, sizes; --sheet FILE.png draws some of its pictures
     python jobs/prepare.py verify SET              compares every digest, count and picture; exit code 1 if one is wrong
@@ -82,6 +84,24 @@ class Index:
     """Share of unusable samples from which on the job fails."""
 
 
+@dataclass(frozen=True)
+class Subset:
+    """Describe a part of a shard set as a set of its own; nothing is copied."""
+
+    to: str = ""
+    """Folder or URL for the description."""
+    name: str = "subset"
+    """What the part is called."""
+    share: float = 1.0
+    """Share of the pictures; a smaller one lies within every larger one."""
+    per_class: int = 0
+    """So many pictures of each class; 0 is all."""
+    without: str = ""
+    """File with the keys of pictures to be left out, a line each."""
+    seed: int = 0
+    """Of the choice."""
+
+
 def main(argv: list[str]) -> None:
     """Do what the first word says."""
     match argv:
@@ -103,6 +123,10 @@ def main(argv: list[str]) -> None:
             index(shards, parse(Index, options))
         case ["index", *_]:
             raise ValueError("index takes the folder or URL of the shards first, then --to")
+        case ["subset", whole, *options] if not whole.startswith("-"):
+            subset(whole, parse(Subset, options))
+        case ["subset", *_]:
+            raise ValueError("subset takes the folder or URL of a shard set first, then --to")
         case [option, *_] if option.startswith("-"):
             raise ValueError(f"the data set comes first, then {option}; --list shows the data sets")
         case [names, *options]:
@@ -121,7 +145,7 @@ def prepare(names: list[str], wanted: Prepare) -> None:
     datasets = [_named(find(name), wanted) for name in names]
     if not wanted.to:
         raise ValueError("--to is missing: the folder or URL for the shard sets")
-    classes = _classes(wanted.classes)
+    classes = _lines("classes", wanted.classes)
     recipes = [(dataset, split, _recipe(dataset, split, wanted, classes)) for dataset, split in _splits(datasets)]
     for dataset, split, recipe in recipes:
         to = Folder(wanted.to) / dataset.name
@@ -154,14 +178,14 @@ def _splits(datasets: list["Dataset"]) -> Iterator[tuple["Dataset", str]]:
     return ((dataset, split) for dataset in datasets for split in dataset.splits)
 
 
-def _classes(file: str) -> tuple[str, ...]:
-    """The lines of a file, those that are not empty."""
+def _lines(option: str, file: str) -> tuple[str, ...]:
+    """The lines of the file of an option, those that are not empty."""
     if not file:
         return ()
     try:
         lines = Path(file).read_text().splitlines()
     except OSError as error:
-        raise ValueError(f"--classes {file}: {error.strerror}") from error
+        raise ValueError(f"--{option} {file}: {error.strerror}") from error
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -195,8 +219,20 @@ def index(shards: str, wanted: Index) -> None:
 
     if not wanted.to:
         raise ValueError("--to is missing: the folder or URL for the description of the shards")
-    classes = _classes(wanted.classes)
+    classes = _lines("classes", wanted.classes)
     index(shards, Folder(wanted.to), wanted.name, classes, label=wanted.label, refused_limit=wanted.refused_limit)
+
+
+def subset(whole: str, wanted: Subset) -> None:
+    """Describe a part of a set."""
+    from shards.storage import Folder
+    from shards.subset import Part, subset
+
+    if not wanted.to:
+        raise ValueError("--to is missing: the folder or URL for the description of the part")
+    part = Part(wanted.share, wanted.per_class, _lines("without", wanted.without), wanted.seed)
+    made = subset(whole, Folder(wanted.to), wanted.name, part)
+    print(f"{made.name}: {made.samples:,} pictures of {whole} are described at {Folder(wanted.to)}", flush=True)
 
 
 def describe(shard_set: str, sheet: str = "") -> None:
