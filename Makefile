@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test venv lint types pictures browser benchmarks clean
+.PHONY: demo test venv lint types headers pictures browser benchmarks clean
 
 # The whole chain on real pictures, as Ray jobs on this machine; goes on where it was.
 demo: venv pictures
@@ -14,7 +14,7 @@ test: lint types pictures browser
 
 venv: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt shards/area.c
+.venv/installed: pyproject.toml constraints.txt shards/area.c pipeline/data/crop.c | headers
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
@@ -26,6 +26,10 @@ lint: venv
 
 types: venv
 	$(BIN)/pyright
+
+# libjpeg-turbo's, for the kernel that decodes no more of a picture than its crop; without them others do it, slower.
+headers:
+	@infra/debian.sh libjpeg-dev /usr/include/jpeglib.h
 
 # Debian's packages, where they are to be had and may be installed; without them the pictures are downloaded, and the
 # tests that open a page need another Chromium on the PATH.

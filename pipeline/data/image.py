@@ -120,8 +120,27 @@ def _decode_otherwise(data: bytes) -> Pixels:
 def cut(picture: Pixels, crops: Crops, i: int, out: Pixels) -> None:
     """Write crop `i` of a picture, scaled to the size of `out` (h, w, 3), into `out`."""
     left, top, width, height = crops.left.item(i), crops.top.item(i), crops.width.item(i), crops.height.item(i)
-    box = picture[top : top + height, left : left + width]
+    scale(picture, left, top, width, height, out, mirrored=crops.mirrored.item(i))
+
+
+def scale(
+    picture: Pixels,
+    left: int,
+    top: int,
+    width: int,
+    height: int,
+    out: Pixels,
+    *,
+    mirrored: bool = False,
+    antialiased: bool = True,
+) -> None:
+    """Write a box of a picture, scaled to the size of `out` (h, w, 3), into `out`; ValueError if it reaches beyond."""
+    box = picture[max(top, 0) : top + height, max(left, 0) : left + width]
+    if box.shape[:2] != (height, width) or box.size == 0:
+        size = f"{picture.shape[1]} x {picture.shape[0]}"
+        raise ValueError(f"the box of {width} x {height} at ({left}, {top}) reaches beyond the picture, {size}")
     # Shrinking averages what falls into a pixel; only enlarging may look at four neighbours alone.
-    how = cv2.INTER_AREA if width > out.shape[1] and height > out.shape[0] else cv2.INTER_LINEAR
+    averaged = antialiased and width > out.shape[1] and height > out.shape[0]
+    how = cv2.INTER_AREA if averaged else cv2.INTER_LINEAR
     scaled = box if box.shape == out.shape else cv2.resize(box, (out.shape[1], out.shape[0]), interpolation=how)
-    out[:] = scaled[:, ::-1] if crops.mirrored[i] else scaled
+    out[:] = scaled[:, ::-1] if mirrored else scaled

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.cache import Cache
-from pipeline.data.image import Crops, central_crops, cut, decode, random_crops
+from pipeline.data.decode import cut_from
+from pipeline.data.image import Crops, central_crops, random_crops
 from pipeline.data.plan import Order, Picks
 from pipeline.data.read import Reader
 from pipeline.world import World
@@ -109,7 +110,7 @@ class Feed:
         for i in range(len(images)):
             shard, place = picks.shard.item(i), picks.place.item(i)
             try:
-                cut(decode(self.reader.bytes(shard, place)), crops, i, images[i])
+                cut_from(self.reader.bytes(shard, place), crops, i, images[i])
             except ValueError as error:
                 key = self.reader.key(shard, place)
                 raise ValueError(f"{self.reader.shards.folder.absolute}: picture {key}: {error}") from error
