@@ -41,14 +41,14 @@ def build(recipe: Recipe, pictures: Callable[[], Pictures], target: Folder) -> M
     `pictures` lists the source; it is called where no plan has been written yet. ValueError where the target holds
     anything else, where the listing cannot be planned, or where more pictures than `recipe.refused_limit` are refused.
     """
-    made = finished(recipe, target)
+    made = _finished(recipe, target)
     if made:
         print(
             f"{recipe.name}: {made.samples:,} pictures in {len(made.shards)} shards are at {target.absolute}",
             flush=True,
         )
     else:
-        refuse_occupied(recipe, target)
+        _refuse_occupied(recipe, target)
         with tempfile.TemporaryDirectory(prefix="vitscale-") as folder:
             plan, source = _planned(recipe, pictures, target, Path(folder) / PLAN)
             _make_missing(recipe, plan, source, target)
@@ -62,7 +62,7 @@ def build(recipe: Recipe, pictures: Callable[[], Pictures], target: Folder) -> M
 # what is there already
 
 
-def finished(recipe: Recipe, target: Folder) -> Manifest | None:
+def _finished(recipe: Recipe, target: Folder) -> Manifest | None:
     """The manifest of the set at `target`, if it is the one that the recipe makes; ValueError if it is another."""
     if not target.exists(MANIFEST):
         return None
@@ -72,7 +72,7 @@ def finished(recipe: Recipe, target: Folder) -> Manifest | None:
     return found
 
 
-def refuse_occupied(recipe: Recipe, target: Folder) -> None:
+def _refuse_occupied(recipe: Recipe, target: Folder) -> None:
     """ValueError where the target holds what this recipe did not begin."""
     parts = target / PARTS
     if parts.exists(RECIPE):
