@@ -12,8 +12,9 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
+from pipeline.data import decode
 from pipeline.track import log
-from pipeline.train.run import open_folder
+from pipeline.train.run import open_folder, refuse_other_decoder
 from shards.manifest import ShardSet
 from shards.storage import Folder
 from tests import tiny
@@ -50,6 +51,19 @@ def start(
     if kill_at is None:
         assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.returncode, folder, mlflow_run
+
+
+def test_no_process_of_a_run_decodes_by_something_else_than_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(str(tmp_path))
+    for _ in range(2):
+        refuse_other_decoder(folder)
+    monkeypatch.setattr(decode, "BY", "another")
+    with pytest.raises(ValueError, match=f"{tmp_path} was begun with pictures decoded by .*, this machine has another"):
+        refuse_other_decoder(folder)
+    folder.remove("decoder")
+    refuse_other_decoder(folder)
 
 
 def losses(place: Path, mlflow_run: str) -> list[float]:

@@ -11,6 +11,9 @@ try:
 except ImportError:  # not compiled, or for a machine that has libjpeg-turbo
     vitscale_crop = None
 
+BY = "vitscale_crop" if vitscale_crop is not None else "simplejpeg and OpenCV"
+"""What decodes here; the pixels of JPEGs differ slightly between the two."""
+
 
 def cut_from(data: bytes, crops: Crops, i: int, out: Pixels) -> None:
     """Write crop `i` of the picture in `data`, scaled to the size of `out` (h, w, 3), into `out`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline import code
 from pipeline.config import Config, differences, from_dict, to_dict
+from pipeline.data import decode
 from pipeline.data.loader import Feed, feed
 from pipeline.data.plan import Order
 from pipeline.models import flops
@@ -33,6 +34,7 @@ from shards.storage import Folder
 
 CONFIG = "config.json"
 ABOUT = "about.json"
+DECODER = "decoder"
 EXPORT = "export"
 UNSENT = "metrics-unsent.json"
 FLUSH_SECONDS = 60.0
@@ -97,6 +99,21 @@ def refuse_another(config: Config, folder: Folder, data_roots: dict[str, str]) -
         raise ValueError(f"{folder.absolute} holds another run; these fields differ: {'; '.join(found)}")
 
 
+def refuse_other_decoder(folder: Folder) -> None:
+    """Raise ValueError where other processes of the run, now or before, decode by something else than this one.
+
+    Else the pictures of a step would depend on the machine.
+    """
+    if folder.create(DECODER, decode.BY.encode()):
+        return
+    theirs = folder.read(DECODER).decode()
+    if theirs != decode.BY:
+        raise ValueError(
+            f"{folder.absolute} was begun with pictures decoded by {theirs}, this machine has {decode.BY}: install "
+            f"libjpeg-turbo's headers and vitscale on all machines alike, or remove {DECODER} there to go on regardless"
+        )
+
+
 def finished(folder: Folder) -> dict[str, Any] | None:
     """What the export says of itself, where the run has come to its end."""
     try:
@@ -116,6 +133,7 @@ def build(config: Config) -> VisionTransformer:
 def work(job: Job, world: World, device: torch.device, say: Callable[[str], None]) -> None:
     """What one process does, from what the folder holds to the end of the run."""
     config, folder = job.config, Folder(job.folder)
+    refuse_other_decoder(folder)
     training, validation = refuse_misfits(config, world.size)
     samples = training.manifest.samples
     steps = config.steps(samples)
