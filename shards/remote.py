@@ -3,32 +3,64 @@
 A method that is said to be one try gives what the store says now; `Remote.tried` does it until the store's faults have
 passed. s3fs and fsspec's web client leave some answers unchecked (a part that is short, a removal that is refused, a
 listing that fails); what is returned from here is whole.
+
+Of S3, whole files come by obstore, which takes less than half of s3fs's processor time for a byte. How it is to ask
+for a file is not worked out again: it repeats a request of botocore's that has been answered.
 """
 
 import io
 import math
+import os
+import re
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from fsspec.asyn import AsyncFileSystem, sync
 
 from shards import retry
 from shards.retry import Unfinished
 
+if TYPE_CHECKING:
+    from botocore.awsrequest import AWSPreparedRequest
+    from obstore import GetOptions
+    from obstore.store import ClientConfig, S3Credential, S3Store
+
 Found = TypeVar("Found")
 
 AT_ONCE = 32
 """Requests that a folder has in flight."""
 PART = 32 << 20
-"""Bytes of a part of a large file that goes to or comes from S3."""
+"""Bytes of a part of a large file that goes to S3."""
+STREAMED = 64 << 20
+"""Bytes of a file that comes from S3 by one request; of a larger one `RANGES` parts come at a time."""
+RANGE = 16 << 20
+"""Bytes of a part of a large file that comes from S3, and is in memory meanwhile."""
+RANGES = 4
+PIECE = 1 << 20
+"""Bytes that go to the disk and into the digest at a time."""
 BLOCK = 4 << 20
 """Bytes that are asked for at a time of a file that is open."""
 
 _PARTS = 10_000  # that an upload to S3 has at most
+_REPLACED = 5  # how often a file may be replaced under its reader
+_LONGEST = timedelta(days=1)  # obstore limits a whole answer; what counts is that something comes (`Patience.silence`)
+_SIGNED = re.compile(r"/\d{8}/([^/,]+)/s3/aws4_request")
+_SAID = re.compile(r"<Code>([^<]+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
+_STATUS = re.compile(r"status code: (\d{3})")
+
 _renewing = Lock()
+_sent: ContextVar[list["AWSPreparedRequest"]] = ContextVar("_sent")
 
 
 def options(url: str) -> dict[str, Any]:
@@ -70,6 +102,7 @@ class Remote:
     def __init__(self, files: Any, root: str, url: str) -> None:
         self.files, self.root, self.url = files, root.rstrip("/"), url
         self.s3, self.web = _in_s3(url), _in_web(url)
+        self._stores: dict[Way, S3Store] = {}
         if self.s3:
             files.retries = 1  # of s3fs's own tries, which know no limit in seconds
 
@@ -197,17 +230,6 @@ class Remote:
         info = self.info(name)
         _check(info["size"] if info else None, size)
 
-    def get(self, name: str, target: Path) -> None:
-        """Copy to a local file; it is removed where it would have other bytes or fewer."""
-        parts = {"chunksize": PART} if self.s3 else {}
-        size = self.length(name)
-        try:
-            self.files.get_file(self.at(name), str(target), **parts)
-            _check(target.stat().st_size, size)
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
-
     def send(self, size: int, method: str, *given: Any, **named: Any) -> None:
         """Upload `size` bytes by a method of the file system, in limited time.
 
@@ -219,7 +241,110 @@ class Remote:
         else:
             getattr(self.files, method)(*given, **named)
 
+    def _copied(self, name: str, arrived: "Arrived") -> None:
+        """Copy a file to `arrived` from its beginning, whatever is there."""
+        arrived.restart()
+        size = self.length(name)
+        if self.web:
+            self.files.get_file(self.at(name), arrived)
+        else:
+            with self.files.open(self.at(name), "rb", block_size=RANGE) as file:
+                while block := file.read(BLOCK):
+                    arrived.write(block)
+        _check(arrived.tell(), size)
+
+    def _source(self, name: str) -> "Source | None":
+        """How obstore is asked for a file in S3 that must be there; None where only s3fs can be."""
+        bucket, key, version = self.files.split_path(self.at(name))
+        told: Any = sync(self.files.loop, _asked, self.files, bucket, self.at(name))
+        info, sent = told
+        if info["type"] != "file":
+            raise FileNotFoundError(name)
+        way = None if version or not sent else _way(sent[-1], bucket, key)
+        tag = info["ETag"] or ""
+        # A weak tag is never taken for a match (RFC 9110, section 13.1.1).
+        return way and Source(way, key, info["size"], tag if tag.startswith('"') else None)
+
+    def _open(self, source: "Source", start: int, end: int) -> Any:
+        """obstore's answer for a range that is not empty."""
+        import obstore
+
+        if (store := self._stores.get(source.way)) is None:
+            store = self._stores[source.way] = _store(self.files, source.way)
+        options: GetOptions = {"range": (start, end)}
+        if source.tag:
+            options["if_match"] = source.tag
+        return obstore.get(store, source.key, options=options)
+
+    def _range(self, source: "Source", start: int, end: int) -> Any:
+        """The bytes of a range, in a buffer of obstore's."""
+        with _translating():
+            data = self._open(source, start, end).bytes()
+        _check(len(data), end - start)
+        return data
+
     # Of many requests, each of which is tried until faults have passed.
+
+    def get(self, name: str, target: Path, *, durable: bool) -> str:
+        """Copy a file to a local one, on the disk at return if `durable`, which is removed unless it is whole; the
+        sha256 of its bytes in hexadecimal."""
+        with arriving(target, durable) as arrived:
+            if not (self.s3 and self._get_by_obstore(name, arrived)):
+                self.tried("read", name, lambda: self._copied(name, arrived))
+        return arrived.digest.hexdigest()
+
+    def _get_by_obstore(self, name: str, arrived: "Arrived") -> bool:
+        """Copy a file from S3; False where s3fs has to, also because the file's tag is never the same twice."""
+        for _ in range(_REPLACED if _home() == os.getpid() else 0):
+            source = self.tried("read", name, lambda: self._source(name))
+            if source is None:
+                return False
+            arrived.restart()
+            pieces = self._streamed if source.size <= STREAMED else self._in_ranges
+            try:
+                for piece in pieces(name, source):
+                    arrived.write(piece)
+                return True
+            except Replaced:
+                continue
+        return False
+
+    def _streamed(self, name: str, source: "Source") -> Iterator[bytes]:
+        """The bytes of a file, of a request that goes on where a fault has ended the one before."""
+        stream: Iterator[bytes] | None = None
+        position = 0
+
+        def piece() -> bytes:
+            nonlocal stream
+            going, stream = stream, None
+            with _translating():
+                going = going or iter(self._open(source, position, source.size).stream(PIECE))
+                found = next(going, b"")
+            if not found:
+                raise Unfinished(f"{position} of {source.size} bytes")
+            stream = going
+            return found
+
+        while position < source.size:
+            found = self.tried("read", name, piece)
+            position += len(found)
+            yield found
+
+    def _in_ranges(self, name: str, source: "Source") -> Iterator[Any]:
+        """The bytes of a file, of several requests at a time."""
+
+        def part(start: int) -> Any:
+            end = min(start + RANGE, source.size)
+            return self.tried("read", name, lambda: self._range(source, start, end))
+
+        coming: deque[Future[Any]] = deque()
+        with ThreadPoolExecutor(RANGES) as pool:
+            for start in range(0, source.size, RANGE):
+                coming.append(pool.submit(part, start))
+                if len(coming) == RANGES:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
 
     def listed(self) -> Page:
         """What is directly in the folder; empty where there is no such folder."""
@@ -307,6 +432,73 @@ class Remote:
             wanted["ContinuationToken"] = answer["NextContinuationToken"]
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a bucket of S3 is asked for its objects, as botocore has found out."""
+
+    bucket: str
+    endpoint: str
+    """What stands before a key in a URL, without the slash between."""
+    region: str
+    signed: bool
+    payer: bool
+    """Whether who asks pays."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An object of S3: its bytes, and the tag that it keeps as long as it is not replaced, where it has one."""
+
+    way: Way
+    key: str
+    size: int
+    tag: str | None
+
+
+class Replaced(Exception):
+    """An object is another one than when it was first asked for."""
+
+
+class Arrived:
+    """A local file that is being written, and the sha256 of its bytes so far.
+
+    It has what fsspec takes for a file (`read` is not used).
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, sha256()
+        self.tell, self.close, self.read = file.tell, file.close, file.read
+
+    def write(self, data: Any) -> None:
+        self.digest.update(data)
+        self.file.write(data)
+
+    def restart(self) -> None:
+        """Drop what has been written."""
+        self.file.seek(0)
+        self.file.truncate()
+        self.digest = sha256()
+
+
+@contextmanager
+def arriving(target: Path, durable: bool) -> Iterator[Arrived]:
+    """A local file to write, on the disk in the end if `durable`; removed after an exception.
+
+    OSError names it where the disk takes no more.
+    """
+    try:
+        with target.open("wb") as file:
+            yield Arrived(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException as error:
+        target.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(target)
+        raise
+
+
 class Undivided(OSError):
     """A web server gives its files whole or not at all."""
 
@@ -385,3 +577,116 @@ async def _part_of_web(files: Any, url: str, start: int, end: int) -> bytes | No
 def _check(found: int | None, expected: int | None) -> None:
     if expected is not None and found != expected:
         raise Unfinished(f"{found} of {expected} bytes")
+
+
+@cache
+def _home() -> int:
+    """The process that obstore's threads are in: one that is forked from it later has none, and would wait for ever."""
+    return os.getpid()
+
+
+def _note(request: "AWSPreparedRequest", **_: Any) -> None:
+    if (sent := _sent.get(None)) is not None:
+        sent.append(request)
+
+
+async def _asked(files: Any, bucket: str, path: str) -> tuple[dict[str, Any], list["AWSPreparedRequest"]]:
+    """What s3fs knows of a file, and the requests that have told it, of which the last was answered."""
+    client = await files.get_s3(bucket)
+    client.meta.events.register("before-send.s3.HeadObject", _note, unique_id=__name__)
+    sent: list[AWSPreparedRequest] = []
+    _sent.set(sent)
+    return await files._info(path), sent
+
+
+def _way(request: "AWSPreparedRequest", bucket: str, key: str) -> Way | None:
+    """How botocore asked for an object; None where obstore cannot: by other signatures, for an object with a key of
+    its own, or for one whose name obstore changes."""
+    parts, signature = urlsplit(request.url), str(request.headers.get("Authorization") or "")
+    path, signed = unquote(parts.path), _SIGNED.search(signature)
+    plain = path.endswith(f"/{key}") and all(part not in ("", ".", "..") for part in key.split("/"))
+    locked = "x-amz-server-side-encryption-customer-algorithm" in request.headers
+    if not plain or locked or parts.query or bool(signature) != bool(signed):
+        return None
+    return Way(
+        bucket,
+        endpoint=f"{parts.scheme}://{parts.netloc}{path.removesuffix(f'/{key}')}",
+        region=signed[1] if signed else "us-east-1",
+        signed=bool(signed),
+        payer="x-amz-request-payer" in request.headers,
+    )
+
+
+def _store(files: Any, way: Way) -> "S3Store":
+    """obstore's client for a bucket, with the limits of `retry.PATIENCE`."""
+    from obstore.store import S3Store
+
+    patience = retry.PATIENCE
+    limits: ClientConfig = {
+        "connect_timeout": timedelta(seconds=patience.connect),
+        "read_timeout": timedelta(seconds=patience.silence),
+        "timeout": _LONGEST,
+        "allow_http": True,
+    }
+
+    def keys() -> Any:
+        return sync(files.loop, _credentials, files, way.bucket)
+
+    verify = files.client_kwargs.get("verify", files.session.get_config_variable("ca_bundle"))
+    if verify is False:
+        limits["allow_invalid_certificates"] = True
+    elif isinstance(verify, str):
+        limits["root_certificate"] = Path(verify).read_bytes()
+    return S3Store(
+        way.bucket,
+        # Each is said, since the environment would be asked for what is not. With this style a URL is taken as it is.
+        config={
+            "aws_endpoint_url_s3": way.endpoint,
+            "virtual_hosted_style_request": True,
+            "region": way.region,
+            "skip_signature": not way.signed,
+            "request_payer": way.payer,
+            "s3_express": False,
+        },
+        client_options=limits,
+        retry_config={
+            "max_retries": patience.requests - 1,
+            "retry_timeout": timedelta(seconds=patience.requests * (patience.connect + patience.silence)),
+        },
+        credential_provider=keys if way.signed else None,
+    )
+
+
+async def _credentials(files: Any, bucket: str) -> "S3Credential":
+    """What s3fs signs with now; to be asked for again before each request, as botocore knows when to renew it."""
+    client = await files.get_s3(bucket)
+    found = await client._get_credentials().get_frozen_credentials()
+    return {
+        "access_key_id": found.access_key,
+        "secret_access_key": found.secret_key,
+        "token": found.token,
+        "expires_at": datetime.now(UTC),
+    }
+
+
+@contextmanager
+def _translating() -> Iterator[None]:
+    """Errors of obstore's as botocore would raise them; one that tells of no answer can pass."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, FileNotFoundError) as error:
+        raise _translated(str(error).split("\n\nDebug source:")[0]) from error
+
+
+def _translated(said: str) -> Exception:
+    from botocore.exceptions import ClientError
+
+    answer, status = _SAID.search(said), _STATUS.search(said)
+    code, message = answer.groups() if answer else (status[1] if status else "", None)
+    if code in ("PreconditionFailed", "412"):
+        return Replaced()
+    if not code:
+        return Unfinished(said)
+    return ClientError({"Error": {"Code": code, "Message": message or said}}, "GetObject")

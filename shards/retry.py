@@ -1,11 +1,13 @@
 """Which faults of a store pass, how long they are waited for, and what is said of those that do not."""
 
+import math
 import random
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
+from threading import Lock
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -38,6 +40,15 @@ class Patience:
 
 PATIENCE = Patience()
 """What every store is treated with, from when it is first used."""
+
+
+def wait_for(seconds: float) -> None:
+    """Wait for every store so long from now on (`Patience.seconds`); ValueError unless it is more than 0 and finite."""
+    global PATIENCE
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"a store cannot be waited for {seconds:g} seconds: give a number above 0, such as 120")
+    PATIENCE = replace(PATIENCE, seconds=seconds)
+
 
 _LEAST = 3
 
@@ -112,6 +123,18 @@ _CLIENTS = ("botocore", "aiobotocore", "aiohttp")
 
 _RIGHTS = {"read": "s3:GetObject", "write": "s3:PutObject", "list": "s3:ListBucket", "remove": "s3:DeleteObject"}
 
+
+class _Total:
+    def __init__(self) -> None:
+        self.total, self._lock = 0, Lock()
+
+    def add(self) -> None:
+        with self._lock:
+            self.total += 1
+
+
+_repeated = _Total()
+
 # Waits decide no result, and must not move the state that `random.seed` of a program has set.
 _jitter = random.Random()
 
@@ -123,7 +146,8 @@ class Unfinished(ConnectionError):
 def persist(attempt: Callable[[], Found], where: str, doing: str, renew: Callable[[], None]) -> Found:
     """What `attempt` gives, tried again while its faults can pass; `renew` is called where credentials have expired.
 
-    OSError of one line, naming the place `where`, when patience ends, and at once for what will not pass:
+    OSError of one line, naming the place `where`, when patience ends (PermissionError if the credentials have expired
+    and nobody has renewed them), and at once for what will not pass:
     FileNotFoundError for a name or a bucket that is not there, PermissionError for a right that is lacking (`doing`
     is read, write, list or remove) and for wrong credentials. What no store has raised goes through as it is.
     """
@@ -140,11 +164,27 @@ def persist(attempt: Callable[[], Found], where: str, doing: str, renew: Callabl
             failed = failed or time.monotonic()
             pause = min(PATIENCE.longest, PATIENCE.first * 2 ** (tried - 1)) * _jitter.uniform(0.5, 1)
             if tried >= _LEAST and time.monotonic() + pause > failed + PATIENCE.seconds:
-                raise OSError(f"{where} cannot be reached: {reason(error)} ({tried} tries)") from error
+                raise _given_up(error, where, tried) from error
+            _repeated.add()
             time.sleep(pause)
             if code(error) in _EXPIRED:
                 renew()
     raise AssertionError("count() has no end")
+
+
+def again() -> int:
+    """How often this process has made a request once more."""
+    return _repeated.total
+
+
+def _given_up(error: Exception, where: str, tried: int) -> OSError:
+    """What a person is told of a fault that could have passed."""
+    if code(error) in _EXPIRED:
+        return PermissionError(
+            f"the credentials for {where} have expired and were not renewed ({tried} tries): {reason(error)}; use a "
+            "role or a profile that renews itself, or new keys, and start again: the work goes on from where it was"
+        )
+    return OSError(f"{where} cannot be reached: {reason(error)} ({tried} tries)")
 
 
 def passes(error: BaseException) -> bool:

@@ -215,7 +215,23 @@ class Folder:
         if self.local:
             self.place[0].get_file(str(self.local / name), str(target))
         else:
-            self._remote.tried("read", name, lambda: self._remote.get(name, target))
+            self._remote.get(name, target, durable=False)
+
+    def fetch(self, name: str, target: Path) -> str:
+        """Copy `name` to the local file `target`, which is on the disk then; the sha256 of its bytes in hexadecimal.
+
+        A file that cannot be had whole leaves none. FileNotFoundError names the whole URL.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not self.local:
+            return self._remote.get(name, target, durable=True)
+        try:
+            with remote.arriving(target, durable=True) as arrived, (self.local / name).open("rb") as file:
+                while block := file.read(remote.PIECE):
+                    arrived.write(block)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.absolute}/{name} does not exist") from error
+        return arrived.digest.hexdigest()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file directly in the folder, by name; empty where there is no such folder."""

@@ -2,20 +2,29 @@
 
 import asyncio
 import io
+import json
+import multiprocessing
 import os
 import pickle
+import re
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
+from urllib.parse import quote
 
 import pytest
 import s3fs
 from aiohttp import web
+from botocore.awsrequest import AWSPreparedRequest, HTTPHeaders
 from botocore.exceptions import ClientError
 from hypothesis import given, settings
 from hypothesis import strategies as some
@@ -54,9 +63,14 @@ def open_and_read(folder: Folder, here: Path) -> tuple[bytes, ...]:
         return file.read(5), file.seek(-7, os.SEEK_END).to_bytes(8, "big"), file.read()
 
 
-def fetch(folder: Folder, here: Path) -> bytes:
+def get(folder: Folder, here: Path) -> bytes:
     folder.get("x", here / "got")
     return (here / "got").read_bytes()
+
+
+def fetch(folder: Folder, here: Path) -> tuple[str, bytes]:
+    (here / "fetched").write_bytes(DATA * 2)
+    return folder.fetch("x", here / "fetched"), (here / "fetched").read_bytes()
 
 
 def copy(folder: Folder, here: Path) -> None:
@@ -80,7 +94,8 @@ OPERATIONS: dict[str, tuple[str, Callable[[Folder, Path], object]]] = {
     "sizes": ("GET", lambda folder, _: folder.sizes()),
     "folders": ("GET", lambda folder, _: folder.folders()),
     "find": ("GET", lambda folder, _: sorted(folder.find())),
-    "get": ("GET HEAD", fetch),
+    "get": ("GET HEAD", get),
+    "fetch": ("GET HEAD", fetch),
     "write": ("PUT", lambda folder, _: folder.write("x", b"other")),
     "create": ("PUT", lambda folder, _: folder.create("new", DATA)),
     "create in vain": ("PUT HEAD", lambda folder, _: folder.create("x", DATA)),
@@ -112,7 +127,7 @@ def test_a_fault_that_passes_costs_time_and_never_data(
     assert contents(store) == contents(local)
 
 
-@pytest.mark.parametrize("operation", ["slice", "ranges", "reading", "get"])
+@pytest.mark.parametrize("operation", ["slice", "ranges", "reading", "get", "fetch"])
 def test_an_answer_that_lacks_bytes_is_asked_for_again_whatever_length_it_tells(
     operation: str, faulty: Faulty, tmp_path: Path
 ) -> None:
@@ -154,13 +169,14 @@ def test_every_part_of_a_large_file_arrives(
     fault: Fault, faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, faults = faulty
-    monkeypatch.setattr(remote, "PART", 5 << 20)  # the least that S3 takes
+    for name in ("PART", "STREAMED", "RANGE"):
+        monkeypatch.setattr(remote, name, 5 << 20)  # the least that S3 takes
     data = os.urandom(11 << 20)
     (tmp_path / "large").write_bytes(data)
     last = iter(range(4))  # the completion of the upload, or a part of the download that is not the first
     faults.choose(lambda asked: fault if fits(fault, asked.method) and _of_part(asked) and next(last, 0) == 1 else None)
     Folder(url).put(tmp_path / "large", "large")
-    Folder(url).get("large", tmp_path / "back")
+    assert Folder(url).fetch("large", tmp_path / "back") == sha256(data).hexdigest()
     assert faults.injected[fault] == 1
     assert any("partNumber=3" in asked.path for asked in faults.asked)
     assert (tmp_path / "back").read_bytes() == data and Folder(url).sizes() == {"large": len(data)}
@@ -201,6 +217,252 @@ def test_credentials_that_expire_are_renewed_as_if_they_had_not(
     folder = Folder(url)
     assert (folder.size("x"), folder.read("x")) == (len(DATA), DATA)
     assert faults.injected[Fault.EXPIRED] >= 3
+
+
+def test_credentials_that_expire_while_a_file_comes_are_renewed_as_if_they_had_not(
+    faulty: Faulty, monkeypatch: pytest.MonkeyPatch, forgetful: None, tmp_path: Path
+) -> None:
+    url, faults = faulty
+    store = fill(Folder(url))
+
+    def expired(asked: Asked) -> Fault | None:
+        if asked.method == "HEAD" or faults.injected[Fault.EXPIRED] == 2:
+            return None
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key" if faults.injected[Fault.EXPIRED] else "other")
+        return Fault.EXPIRED
+
+    faults.choose(expired)
+    assert store.fetch("x", tmp_path / "x") == sha256(DATA).hexdigest()
+    keys = [re.search("Credential=([a-z]+)/", asked.headers) for asked in faults.asked]
+    assert [key and key[1] for key in keys] == ["key", "key", "other", "key"]
+
+
+def test_keys_of_a_profile_that_renews_itself_are_new_for_every_request(
+    faulty: Faulty, monkeypatch: pytest.MonkeyPatch, forgetful: None, tmp_path: Path
+) -> None:
+    url, _ = faulty
+    fill(Folder(url))
+    s3fs.S3FileSystem.clear_instance_cache()
+    soon = (datetime.now(UTC) + timedelta(minutes=2)).isoformat()  # botocore asks anew ten minutes before
+    keys = {"Version": 1, "AccessKeyId": "key", "SecretAccessKey": "secret", "Expiration": soon}
+    (tmp_path / "keys").write_text(json.dumps(keys))
+    asks = f"sh -c 'echo >> {tmp_path}/asked; cat {tmp_path}/keys'"
+    (tmp_path / "config").write_text(f"[profile renewing]\ncredential_process = {asks}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "renewing")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    store = Folder(url)
+    for times in (1, 2):
+        assert store.fetch("x", tmp_path / "x") == sha256(DATA).hexdigest()
+        assert len((tmp_path / "asked").read_text().splitlines()) >= 2 * times
+
+
+# files that come whole
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+@pytest.mark.parametrize("fault", [*(fault for fault in PASSING if fits(fault, "GET")), Fault.SHORT])
+def test_every_fault_of_the_bytes_themselves_costs_time_and_never_data(
+    fault: Fault, ranges: bool, faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, faults = faulty
+    monkeypatch.setattr(remote, "STREAMED", 0 if ranges else 1 << 20)
+    store = fill(Folder(url))
+    faults.choose(lambda asked: fault if asked.method == "GET" and not faults.injected[fault] else None)
+    assert fetch(store, tmp_path) == (sha256(DATA).hexdigest(), DATA)
+    assert faults.injected[fault] == 1
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+@pytest.mark.parametrize("fault", [Fault.HANG, Fault.RESET, Fault.INTERNAL])
+def test_no_more_is_asked_of_a_store_that_fails_than_patience_says(
+    fault: Fault, requests: int, faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgetful: None
+) -> None:
+    url, faults = faulty
+    patience = retry.Patience(seconds=1e-9, first=0.01, silence=0.2, requests=requests)
+    monkeypatch.setattr(retry, "PATIENCE", patience)
+    store = fill(Folder(url))
+    faults.choose(lambda asked: fault if asked.method == "GET" else None)
+    with pytest.raises(OSError) as raised:
+        store.fetch("x", tmp_path / "x")
+    one_line(raised.value, f"{url}/x cannot be reached", "(3 tries)")
+    assert faults.injected[fault] == 3 * requests and not (tmp_path / "x").exists()
+
+
+def test_what_is_fetched_is_on_the_disk_whole_whatever_the_store(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write("x", DATA)
+    synced: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, os.fstat(file).st_size)))
+    folder.fetch("x", tmp_path / "x")
+    assert synced == [((tmp_path / "x").stat().st_ino, len(DATA))]
+
+
+def test_a_file_that_is_cut_off_comes_from_where_it_was(faulty: Faulty, tmp_path: Path) -> None:
+    url, faults = faulty
+    data, store = os.urandom(5 << 20), Folder(url)
+    store.write("x", data)
+    faults.script(Fault.TRUNCATED, Fault.TRUNCATED)
+    assert store.fetch("x", tmp_path / "x") == sha256(data).hexdigest()
+    assert (tmp_path / "x").read_bytes() == data and faults.injected[Fault.TRUNCATED] == 2
+    found = [re.search(r"range: bytes=(\d+)-", asked.headers.lower()) for asked in faults.asked]
+    starts = [int(each[1]) for each in found if each]
+    assert starts == sorted(set(starts)) and len(starts) == 3 and starts[1] >= 1 << 20
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_a_file_that_is_replaced_while_it_comes_is_never_a_mixture(
+    ranges: bool, faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, faults = faulty
+    before, after, store = os.urandom(4 << 20), os.urandom(4 << 20), Folder(url)
+    monkeypatch.setattr(remote, "STREAMED", 0 if ranges else 4 << 20)
+    monkeypatch.setattr(remote, "RANGE", 1 << 20)
+    store.write("x", before)
+    some_came, replaced = threading.Event(), threading.Event()
+
+    def choice(asked: Asked) -> Fault | None:
+        if asked.method != "GET" or replaced.is_set():
+            return None
+        first = not some_came.is_set()
+        some_came.set()
+        return (None if ranges else Fault.TRUNCATED) if first else Fault.RESET
+
+    def replace() -> None:
+        assert some_came.wait(20)
+        store.write("x", after)
+        replaced.set()
+
+    faults.choose(choice)
+    writer = threading.Thread(target=replace)
+    writer.start()
+    digest = store.fetch("x", tmp_path / "x")
+    writer.join()
+    assert (tmp_path / "x").read_bytes() == after and digest == sha256(after).hexdigest()
+
+
+@pytest.mark.parametrize("tag", ["", 'W/"weak"', '"other"'])
+def test_a_file_comes_whatever_its_tag(tag: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = fill(Folder(s3)), remote._asked
+
+    async def other(*words: Any) -> Any:
+        info, sent = await asked(*words)
+        return {**info, "ETag": tag}, sent
+
+    monkeypatch.setattr(remote, "_asked", other)
+    assert store.fetch("x", tmp_path / "x") == sha256(DATA).hexdigest()
+
+
+NAMES = ["a b+c%20~.tar", "dé/日本", "x#?*&=;@:$!'()"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_every_name_is_fetched(name: str, folder: Folder, tmp_path: Path) -> None:
+    folder.write(name, DATA)
+    assert folder.fetch(name, tmp_path / "x") == sha256(DATA).hexdigest() and (tmp_path / "x").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (3 << 20) + 1])
+def test_every_file_is_fetched_with_its_digest_whatever_its_size_and_the_store(
+    size: int, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "STREAMED", 2 << 20)
+    monkeypatch.setattr(remote, "RANGE", 300_001)
+    data = os.urandom(size)
+    for url in (str(tmp_path / "a"), s3, f"memory://{tmp_path.name}"):
+        Folder(url).write("x", data)
+        with ThreadPoolExecutor(4) as pool:
+            places = [tmp_path / "to" / str(number) for number in range(4)]
+            folder = Folder(url)
+            assert set(pool.map(lambda to, folder=folder: folder.fetch("x", to), places)) == {sha256(data).hexdigest()}
+        assert {place.read_bytes() for place in places} == {data}
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket", "memory"])
+def test_what_cannot_be_fetched_leaves_no_file_and_names_the_whole_url(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    place = {"folder": f"{tmp_path}/a", "memory": f"memory://{tmp_path.name}"}
+    folder = Folder(place.get(kind) or request.getfixturevalue("s3"))
+    for target in (tmp_path / "new", tmp_path / "old"):
+        (tmp_path / "old").write_bytes(b"1")
+        with pytest.raises(FileNotFoundError) as raised:
+            folder.fetch("x", target)
+        one_line(raised.value, f"{folder.absolute}/x does not exist")
+        assert not target.exists()
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_every_disk_that_takes_no_more_is_named(
+    ranges: bool, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "STREAMED", 0 if ranges else 4 << 20)
+    folder.write("x", bytes(3 << 20))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, before[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            folder.fetch("x", tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    one_line(raised.value, "File too large", f"{tmp_path}/x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_forked_process_fetches_as_if_it_were_the_first(s3: str, tmp_path: Path) -> None:
+    Folder(s3).write("x", DATA)
+    Folder(s3).fetch("x", tmp_path / "x")
+    child = multiprocessing.get_context("fork").Process(target=_fetch_again, args=(s3, tmp_path / "again"))
+    child.start()
+    child.join(20)
+    child.kill()
+    assert child.exitcode == 0 and (tmp_path / "again").read_bytes() == DATA
+
+
+def _fetch_again(url: str, target: Path) -> None:
+    assert Folder(url).fetch("x", target) == sha256(DATA).hexdigest()
+
+
+WORD = some.text(some.characters(codec="utf-8"), min_size=1).filter(lambda part: "/" not in part)
+PART_OF_KEY = WORD | some.sampled_from([".", ".."])
+
+
+@given(
+    parts=some.lists(PART_OF_KEY, min_size=1, max_size=3),
+    before=some.sampled_from(["http://127.0.0.1:8333/b", "https://b.s3.eu-west-1.amazonaws.com", "https://h/base/b"]),
+    signed=some.booleans(),
+)
+def test_obstore_asks_where_botocore_did_whatever_the_style(parts: list[str], before: str, signed: bool) -> None:
+    key, signature = "/".join(parts), "AWS4-HMAC-SHA256 Credential=K/20260101/eu-west-1/s3/aws4_request, SignedHeaders="
+    way = remote._way(_asked_by_botocore(f"{before}/{quote(key)}", signature if signed else None), "b", key)
+    if {".", ".."} & set(parts):
+        assert way is None
+    else:
+        region = "eu-west-1" if signed else "us-east-1"
+        assert way == remote.Way("b", before, region, signed, payer=False)
+
+
+def test_an_object_with_a_key_of_its_own_is_left_to_s3fs() -> None:
+    asked = _asked_by_botocore("http://h/b/x", None)
+    assert remote._way(asked, "b", "x") == remote.Way("b", "http://h/b", "us-east-1", signed=False, payer=False)
+    asked.headers["X-Amz-Server-Side-Encryption-Customer-Algorithm"] = "AES256"
+    assert remote._way(asked, "b", "x") is None
+
+
+@pytest.mark.parametrize(
+    "signature", ["AWS key:signature", "AWS4-ECDSA-P256-SHA256 Credential=K/20260101/s3/aws4_request"]
+)
+def test_every_signature_that_obstore_cannot_make_is_left_to_s3fs(signature: str) -> None:
+    assert remote._way(_asked_by_botocore("http://h/b/x", signature), "b", "x") is None
+
+
+def _asked_by_botocore(url: str, signature: str | None) -> AWSPreparedRequest:
+    headers = HTTPHeaders()
+    if signature:
+        headers["Authorization"] = signature
+    return AWSPreparedRequest("HEAD", url, headers, None, False)
 
 
 # what never passes
@@ -270,7 +532,7 @@ def test_every_wrong_key_is_one_line(
         assert len(faults.asked) <= 2
 
 
-@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.INTERNAL, Fault.RESET, Fault.TRUNCATED, Fault.EXPIRED])
+@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.INTERNAL, Fault.RESET, Fault.TRUNCATED])
 def test_every_fault_that_stays_is_one_line_in_the_end(
     fault: Fault, faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,11 +540,54 @@ def test_every_fault_that_stays_is_one_line_in_the_end(
     store = fill(Folder(url))
     monkeypatch.setattr(retry, "PATIENCE", retry.Patience(seconds=0, first=0.01))
     faults.always(fault)
-    for act in (lambda: store.read("x"), lambda: store.sizes(), lambda: store.get("x", tmp_path / "x")):
+    for act in (lambda: store.read("x"), lambda: store.sizes(), lambda: store.fetch("x", tmp_path / "x")):
         with pytest.raises(OSError) as raised:
             act()
         one_line(raised.value, url, "cannot be reached", "(3 tries)")
     assert faults.injected[fault] >= 9 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("methods", [("GET", "HEAD"), ("GET",)])
+def test_credentials_that_nobody_renews_are_one_line_with_the_way_out(
+    methods: tuple[str, ...], faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, faults = faulty
+    store = fill(Folder(url))
+    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(seconds=0, first=0.01))
+    faults.choose(lambda asked: Fault.EXPIRED if asked.method in methods else None)
+    for act in (lambda: store.read("x"), lambda: store.sizes(), lambda: store.fetch("x", tmp_path / "x")):
+        with pytest.raises(PermissionError) as raised:
+            act()
+        one_line(
+            raised.value, f"the credentials for {url}", "have expired", "ExpiredToken", "renews itself", "start again"
+        )
+    assert faults.injected[Fault.EXPIRED] >= 9 and not (tmp_path / "x").exists()
+
+
+@given(seconds=some.floats(1e-3, 1e9))
+def test_every_store_is_waited_for_as_long_as_is_said(seconds: float) -> None:
+    clock = [1.0]
+
+    def attempt() -> None:
+        raise ConnectionResetError("gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retry, "PATIENCE", retry.Patience(first=seconds / 10, longest=seconds / 10))
+        sleep = lambda pause: clock.append(clock.pop() + pause)  # noqa: E731
+        patch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+        retry.wait_for(seconds)
+        with pytest.raises(OSError, match="cannot be reached"):
+            retry.persist(attempt, "s3://b/x", "read", lambda: None)
+    assert 0.8 * seconds <= clock[0] - 1 <= seconds * (1 + 1e-9) + 1e-9
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_nobody_can_wait_is_refused(seconds: float) -> None:
+    before = retry.PATIENCE
+    with pytest.raises(ValueError) as raised:
+        retry.wait_for(seconds)
+    one_line(raised.value, f"{seconds:g}")
+    assert retry.PATIENCE is before
 
 
 @given(passing=some.booleans(), tries=some.integers(1, 5))
@@ -450,7 +755,7 @@ def test_every_web_server_is_read_as_if_it_were_a_folder(
     local = fill(Folder(str(tmp_path / "web")))
     with served(tmp_path / "web", divided) as server, proxy(server) as (url, faults):
         store = Folder(url)
-        for operation in ("read", "reading", "get", "exists"):
+        for operation in ("read", "reading", "get", "fetch", "exists"):
             act = OPERATIONS[operation][1]
             faults.script(fault)
             if operation != "exists":
@@ -462,6 +767,8 @@ def test_every_web_server_is_read_as_if_it_were_a_folder(
                 None,
             )
             assert faults.injected[fault] == 1
+        faults.script(Fault.SHORT)
+        assert fetch(store, tmp_path) == fetch(local, tmp_path) and faults.injected[Fault.SHORT] == 1
         if divided:
             assert OPERATIONS["slice"][1](store, tmp_path) == OPERATIONS["slice"][1](local, tmp_path)
             assert store.ranges([("x", 1, 9), ("deep/er", 0, -1)]) == local.ranges([("x", 1, 9), ("deep/er", 0, -1)])
