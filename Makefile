@@ -14,10 +14,12 @@ test: lint types pictures browser
 
 venv: .venv/installed
 
+# Tests compare with timm; without what it asks for, as torchvision does not load beside every torch.
 .venv/installed: pyproject.toml constraints.txt shards/area.c pipeline/data/crop.c | headers
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 lint: venv

@@ -60,12 +60,12 @@ class Stage:
 def stages(folder: Path, quick: bool) -> list[Stage]:
     """The jobs, in order."""
     sets, runs = f"{folder}/sets", f"{folder}/runs"
-    few = ("--epochs", "0.05", "--optim.warmup", "5") if quick else ()
+    few = ("--duration", "0.05", "--optim.warmup", "5") if quick else ()
     less = ("--tasks", "digits", "--seeds", "1", "--rates", "0.03") if quick else ()
     data = ("--data.shards", f"{sets}/fashion_mnist/train", "--data.validation", f"{sets}/fashion_mnist/test")
     sizes = {
-        "demo_small": ("--model.width", "32", "--model.depth", "4", "--model.hidden", "128", "--epochs", "2"),
-        "demo_medium": ("--model.width", "48", "--model.depth", "4", "--model.hidden", "192", "--epochs", "3"),
+        "demo_small": ("--model.width", "32", "--model.depth", "4", "--model.hidden", "128", "--duration", "2"),
+        "demo_medium": ("--model.width", "48", "--model.depth", "4", "--model.hidden", "192", "--duration", "3"),
         "demo": (),
     }
     pretrainings = [

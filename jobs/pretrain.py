@@ -107,7 +107,7 @@ def pretrain(arguments: Arguments) -> None:
     uri = tracking_uri(arguments.tracking_uri or None)
     training, validation = refuse_misfits(config, arguments.processes)
     check(uri)
-    roots = {"training": training.manifest.root, **({"validation": validation.manifest.root} if validation else {})}
+    roots = {"training": training.root, **({"validation": validation.root} if validation else {})}
     refuse_another(config, folder, roots)
     if about := finished(folder):
         finish_metrics(folder, uri)
@@ -121,12 +121,12 @@ def pretrain(arguments: Arguments) -> None:
     open_folder(config, folder.absolute, roots)
     facts = {
         "parameters": flops.parameters(config.model, config.classes),
-        "samples": training.manifest.samples,
-        "steps": config.steps(training.manifest.samples),
+        "samples": training.samples,
+        "steps": config.steps(training.samples),
         "processes": arguments.processes,
     }
     tags = {"vitscale.kind": "pretrain", "vitscale.run": name, "vitscale.folder": folder.absolute}
-    tags["data_root"] = training.manifest.root
+    tags["data_root"] = training.root
     mlflow_run = log.begin(uri, name, tags, {**flat(asdict(config)), **facts}, same="vitscale.folder")
     try:
         launch(
@@ -151,7 +151,10 @@ def located(config: Config) -> Config:
 
     data = config.data
     places = {place: value for place in ("shards", "validation", "cache") if (value := getattr(data, place))}
-    return replace(config, data=replace(data, **{place: Folder(value).absolute for place, value in places.items()}))
+    found = {
+        place: ",".join(Folder(each.strip()).absolute for each in value.split(",")) for place, value in places.items()
+    }
+    return replace(config, data=replace(data, **found))
 
 
 def result(about: dict) -> str:

@@ -41,7 +41,9 @@ class Data:
     """Where the pictures are and how they are fed."""
 
     shards: str = ""
-    """Folder or URL of the shard set to train on."""
+    """Folder or URL of the shard set to train on; several, with the same classes, with commas between them."""
+    weights: tuple[float, ...] = ()
+    """Share of each of several sets in every step, in any unit; without them each picture comes once an epoch."""
     validation: str = ""
     """Folder or URL of the shard set to validate on after each epoch; none if empty."""
     samples: int = 0
@@ -52,6 +54,8 @@ class Data:
     """Pictures of a lane that are shuffled together."""
     crop_area: float = 0.05
     """Smallest share of a picture's area that a crop keeps; 1 keeps the whole picture."""
+    scaling: Literal["antialiased", "bilinear"] = "antialiased"
+    """How crops are scaled: by a triangle as wide as the scale, or by two neighbours along each axis (the paper's)."""
     flip: bool = True
     """Mirror half of the pictures left to right."""
     eval_crop: float = 0.875
@@ -61,6 +65,33 @@ class Data:
     cache: str = ""
     """Local folder for copies of remote shards; ~/.cache/vitscale/shards if empty."""
     cache_gigabytes: float = 200.0
+    """What all processes of a machine keep there; 0 keeps nothing and fetches picture by picture."""
+    fetches: int = 4
+    """Shards that a process fetches or verifies at a time, ahead of need."""
+    refused_limit: int = 100
+    """Pictures that cannot be decoded are left out and named; with one more than this the run fails."""
+    wait_seconds: float = 1800.0
+    """After so long without a batch, or for another process's fetching of a shard, the run fails."""
+    patience_seconds: float = 120.0
+    """For so long a store whose faults may pass is tried again."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to training pictures beside crop and flip; nothing unless asked for."""
+
+    layers: int = 0
+    """Operations of RandAugment on each picture, one after another (Cubuk et al. 2020); 0 for none."""
+    magnitude: float = 10.0
+    """How strong they are: 10 is the end of the scale, which AugReg goes beyond; DeiT takes 9."""
+    space: Literal["augreg", "deit"] = "augreg"
+    """Which operations there are and what a magnitude means to them: AugReg's, or DeiT's (rand-m9-mstd0.5-inc1)."""
+    mixup: float = 0.0
+    """Both parameters of the beta distribution that a pair's share is drawn from (Zhang et al. 2018); 0 for none."""
+    cutmix: float = 0.0
+    """The same for CutMix (Yun et al. 2019); where both are given, each pair gets one of them, equally often."""
+    erase: float = 0.0
+    """Share of pictures in which a rectangle is replaced by noise (random erasing, Zhong et al. 2020)."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +120,16 @@ class Config:
     classes: int
     model: Vit = field(default_factory=Vit)
     data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     objective: Literal["sigmoid", "softmax"] = "sigmoid"
     """Cross-entropy of each class for itself (ImageNet-21k), or of one class among all."""
     smoothing: float = 1e-4
     """Target of a wrong class (sigmoid), or the share given to all classes (softmax)."""
-    epochs: float = 90.0
+    duration: float = 90.0
+    """How long the run is."""
+    unit: Literal["epochs", "samples", "steps"] = "epochs"
+    """What the duration is counted in: passes over the corpus, pictures, or steps of the optimizer."""
     batch: int = 4096
     """Pictures for one step of the optimizer, on all processes together."""
     micro_batch: int = 64
@@ -112,12 +147,22 @@ class Config:
 
     def steps(self, samples: int) -> int:
         """Steps of the optimizer in the whole run over a corpus of `samples` pictures."""
-        return int(self.epochs * samples / self.batch)
+        pictures = {"epochs": samples, "samples": 1, "steps": self.batch}[self.unit]
+        return int(self.duration * pictures / self.batch)
 
     def micro(self, processes: int) -> int:
-        """Pictures of one forward pass of one of the processes: as many as divide its share of the batch."""
-        share = self.batch // processes
-        return next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
+        """Pictures of one forward pass of one of the processes: as many as divide its share of the batch.
+
+        Where pairs of pictures are mixed, an even number.
+        """
+        share, least = self.batch // processes, 2 if self.pairs else 1
+        sizes = range(min(self.micro_batch, share), 0, -1)
+        return next(size for size in sizes if share % size == 0 and size % least == 0)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether pictures of a batch are mixed two by two."""
+        return self.augment.mixup > 0 or self.augment.cutmix > 0
 
     def passes(self, processes: int) -> int:
         """Forward passes that each process makes for one step."""
@@ -142,12 +187,39 @@ class Config:
                 f"{lanes} lanes do not divide over {processes} processes: {_either(_divisors_near(lanes, processes))} "
                 f"processes would do, or data.lanes of {_either([processes * (lanes // processes + 1)])}"
             )
+        if self.pairs and (batch // processes % 2 or self.micro_batch < 2):
+            raise ValueError(
+                f"mixup and cutmix take pictures two by two, and {processes} processes share a batch of {batch} in "
+                f"micro-batches of {self.micro_batch}: each needs an even share, and micro_batch at least 2"
+            )
         if self.zero == 0 and self.precision == "bf16":
             raise ValueError("zero 0 keeps no fp32 gradients beside bf16 weights: use zero 1 or 2, or precision fp32")
         if self.model.width % self.model.heads:
             raise ValueError(f"width {self.model.width} does not divide over {self.model.heads} heads")
         if self.model.grid < 1:
             raise ValueError(f"a picture of {self.model.image_size} pixels holds no patch of {self.model.patch}")
+        self._check_feed()
+
+    def _check_feed(self) -> None:
+        least = {
+            "duration": (self.duration, 0), "data.window": (self.data.window, 1),
+            "data.threads": (self.data.threads, 1), "data.fetches": (self.data.fetches, 1),
+            "data.cache_gigabytes": (self.data.cache_gigabytes, 0),
+            "data.refused_limit": (self.data.refused_limit, 0), "augment.layers": (self.augment.layers, 0),
+            "augment.magnitude": (self.augment.magnitude, 0), "augment.mixup": (self.augment.mixup, 0),
+            "augment.cutmix": (self.augment.cutmix, 0),
+        }  # fmt: skip
+        for what, (value, lowest) in least.items():
+            if not value >= lowest:
+                raise ValueError(f"{what} is {value}; at least {lowest} is needed")
+        for what, value in (("wait_seconds", self.data.wait_seconds), ("patience_seconds", self.data.patience_seconds)):
+            if not value > 0:
+                raise ValueError(f"data.{what} is {value}; it is a time above 0")
+        most = {"augreg": 22.0, "deit": 10.0}[self.augment.space]  # where the operations still have a meaning
+        if self.augment.magnitude > most:
+            raise ValueError(f"augment.magnitude is {self.augment.magnitude}; {self.augment.space} goes up to {most:g}")
+        if not 0 <= self.augment.erase <= 1:
+            raise ValueError(f"augment.erase is {self.augment.erase}; it is a share of the pictures, from 0 to 1")
         if not 0 < self.data.crop_area <= 1:
             raise ValueError(
                 f"data.crop_area is {self.data.crop_area}; it is a share of the area, above 0 and at most 1"
@@ -200,7 +272,10 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     if origin is UnionType:
         return None if value is None and NoneType in get_args(hint) else _typed(get_args(hint)[0], value, path)
     if origin is tuple:
-        return tuple(_typed(part, item, path) for part, item in zip(get_args(hint), value, strict=True))
+        parts = get_args(hint)
+        if parts[-1] is Ellipsis:
+            return tuple(_typed(parts[0], item, path) for item in value)
+        return tuple(_typed(part, item, path) for part, item in zip(parts, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:

@@ -96,7 +96,7 @@ def _work(settings: dict[str, Any]) -> None:
     if ray.get(board.why_given_up.remote()):
         return
     context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size())
+    world = World(context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -9,6 +9,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    local: int = 1
+    """Processes on this machine, which share its disk."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:

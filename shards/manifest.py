@@ -8,10 +8,12 @@ A set may describe shards that lie elsewhere (`tars`): then its folder holds eve
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from io import BytesIO
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -105,9 +107,9 @@ class Manifest:
         try:
             values = json.loads(data)
             if values["format"] != FORMAT:
-                raise ValueError(
-                    f"{where} has format {values['format']}, this version reads {FORMAT}: make the set again"
-                )
+                newer = isinstance(values["format"], int) and values["format"] > FORMAT
+                way = "install a newer vitscale to read it" if newer else "make the set again"
+                raise ValueError(f"{where} has format {values['format']}, this version reads {FORMAT}: {way}")
             manifest = Manifest(
                 name=values["name"],
                 recipe=values["recipe"],
@@ -135,6 +137,7 @@ class ShardSet:
     def __init__(self, url: str) -> None:
         self.folder = Folder(url)
         self._one_at_a_time = Lock()
+        self._copy: Path | None = None
         self.manifest = self._manifest()
         self.tars = Folder(self.manifest.tars) if self.manifest.tars else self.folder
         self._check_sizes()
@@ -180,12 +183,13 @@ class ShardSet:
         return index
 
     def _open_index(self, where: str) -> pq.ParquetFile:
-        if self.folder.local:
-            return pq.ParquetFile(self.folder.local / INDEX, memory_map=True)
-        data = self.folder.read(INDEX)
-        if sha256(data).hexdigest() != self.manifest.files[INDEX]:
-            raise ValueError(f"{where} is damaged: its digest is not that of the manifest")
-        return pq.ParquetFile(BytesIO(data))
+        if local := self._copy or (self.folder.local and self.folder.local / INDEX):
+            return pq.ParquetFile(local, memory_map=True)
+        for _attempt in range(2):  # a store may have answered with less
+            data = self.folder.read(INDEX)
+            if sha256(data).hexdigest() == self.manifest.files[INDEX]:
+                return pq.ParquetFile(BytesIO(data))
+        raise ValueError(f"{where} is damaged: its digest is not that of the manifest")
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
@@ -203,7 +207,11 @@ class ShardSet:
             return None
         return pq.read_table(BytesIO(self.folder.read(name)))
 
-    def rows(self, shard: int) -> pa.Table:
-        """The index of one shard: a row a picture, in the order of the tar, with the columns of `SCHEMA`."""
+    def rows(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The index of one shard: a row a picture, in the order of the tar, with the columns of `SCHEMA` or some."""
         with self._one_at_a_time:  # pyarrow's reader is not for several threads
-            return self._index.read_row_group(shard)
+            return self._index.read_row_group(shard, columns=columns)
+
+    def read_index_from(self, copy: Path) -> None:
+        """Take the index from a local file with its bytes, so that it need not be held in memory."""
+        self._copy = copy

@@ -15,7 +15,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     "--model.width": 16, "--model.depth": 1, "--model.heads": 2, "--model.hidden": 32, "--model.patch": 4,
-    "--model.image-size": 12, "--classes": 3, "--batch": 16, "--data.lanes": 8, "--epochs": 5, "--optim.warmup": 2,
+    "--model.image-size": 12, "--classes": 3, "--batch": 16, "--data.lanes": 8, "--duration": 5, "--optim.warmup": 2,
     "--save-every": 4, "--log-every": 1,
 }  # fmt: skip
 

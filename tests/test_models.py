@@ -252,7 +252,9 @@ def test_no_rate_exceeds_the_peak_or_falls_below_nothing_whatever_the_schedule(o
 
 # --- chance ---------------------------------------------------------------------------------------------------------
 
-words = st.lists(st.one_of(st.integers(), st.text(st.characters(exclude_characters="\x1f"))), min_size=1, max_size=4)
+words = st.lists(
+    st.one_of(st.integers(), st.text(st.characters(codec="utf-8", exclude_characters="\x1f"))), min_size=1, max_size=4
+)
 
 
 @given(words, words)

@@ -18,7 +18,7 @@ COMMANDS = [line for line in README.split("```sh")[2].split("```")[0].splitlines
 # What makes a command of the README short enough for a test, without changing what it is.
 SHORT = {
     "prepare.py": ["--samples-per-shard", "20000"],
-    "pretrain.py": ["--epochs", "0.02", "--optim.warmup", "2", "--model.width", "16", "--model.depth", "1"],
+    "pretrain.py": ["--duration", "0.02", "--optim.warmup", "2", "--model.width", "16", "--model.depth", "1"],
     "finetune.py": ["--tasks", "digits", "--rates", "0.03", "--seeds", "1"],
 }
 

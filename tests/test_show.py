@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config import to_dict
-from pipeline.data.loader import feed
-from pipeline.data.plan import Order
+from pipeline.data.corpus import Corpus
+from pipeline.data.loader import Feed
 from pipeline.insight.batch import batch
 from pipeline.world import World
 from tests import tiny
@@ -35,10 +35,9 @@ def run(tmp_path: Path) -> Path:
 def test_what_is_shown_of_every_step_is_what_the_processes_were_given(run: Path, tmp_path: Path, step: int) -> None:
     shards = tiny.ShardSet(str(tmp_path / "set"))
     config = replace(tiny.config(shards), micro_batch=2)
-    order = Order(tuple(shards.counts.tolist()), config.data.lanes, config.data.window, config.seed)
     given = []
     for rank in range(4):
-        given += list(feed(shards, config).training(config, order, World(rank, 4), step, step + 1))
+        given += list(Feed(Corpus([shards]), config, World(rank, 4)).training(step, step + 1))
     pixels = np.concatenate([one.images.numpy() for one in given])
     keys = [f"picture-{sample:04}" for one in given for sample in one.samples.tolist()]
     shown = list(batch(str(run), step))

@@ -12,6 +12,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
+from pipeline.config import Augment
 from pipeline.data import decode
 from pipeline.track import log
 from pipeline.train.run import open_folder, refuse_other_decoder
@@ -20,6 +21,7 @@ from shards.storage import Folder
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+ALL = Augment(layers=1, mixup=0.5, cutmix=0.5, erase=0.3)
 STEPS = 20  # 32 pictures for 10 epochs in batches of 16
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -37,7 +39,7 @@ def start(
     """Run in the folder `name`; returns the exit code, the folder and the MLflow run."""
     folder, shards = place / name, ShardSet(str(place / "set"))
     uri = f"sqlite:///{place}/mlflow.db"
-    config = tiny.config(shards, **changes)
+    config = tiny.config(shards, **{"augment": ALL, **changes})
     config = replace(config, model=replace(config.model, dropout=dropout))
     open_folder(config, str(folder), {"training": shards.manifest.root})
     mlflow_run = log.begin(uri, name, {"vitscale.folder": str(folder)}, {}, same="vitscale.folder")
@@ -155,6 +157,20 @@ def test_a_damaged_checkpoint_is_named(place: Path, quiet: Path) -> None:
     broken.write_bytes(data)
     with pytest.raises(AssertionError, match=rf"{broken.name} is damaged"):
         start(place, "damaged", processes=2)
+
+
+def test_a_run_names_what_it_leaves_out_whatever_its_processes(tmp_path: Path) -> None:
+    shards = tiny.shard_set(tmp_path / "set", spoilt=(3, 17))
+    data = replace(tiny.config(shards).data, validation="")
+    _, folder, mlflow_run = start(tmp_path, "spoilt", processes=2, data=data)
+    assert sorted(path.stem for path in (folder / "refused").iterdir()) == ["000000000003", "000000000017"]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    for metric, last in {"data_refused": 2.0, "data_retries": 0.0}.items():
+        assert client.get_metric_history(mlflow_run, metric)[-1].value == last
+    read = [metric.value for metric in client.get_metric_history(mlflow_run, "data_bytes_per_second")]
+    assert len(read) == STEPS and sum(read) > 0
+    with pytest.raises(AssertionError, match=r"2 pictures are refused, more than data.refused_limit 1; .*/refused"):
+        start(tmp_path, "strict", processes=2, data=replace(data, refused_limit=1))
 
 
 def test_an_unwritable_target_is_refused_before_anything_starts() -> None:

@@ -15,10 +15,11 @@ BY = "vitscale_crop" if vitscale_crop is not None else "simplejpeg and OpenCV"
 """What decodes here; the pixels of JPEGs differ slightly between the two."""
 
 
-def cut_from(data: bytes, crops: Crops, i: int, out: Pixels) -> None:
+def cut_from(data: bytes, crops: Crops, i: int, out: Pixels, *, antialiased: bool = True) -> None:
     """Write crop `i` of the picture in `data`, scaled to the size of `out` (h, w, 3), into `out`."""
     left, top, width, height = crops.left.item(i), crops.top.item(i), crops.width.item(i), crops.height.item(i)
-    crop_picture(data, left, top, width, height, out, mirrored=crops.mirrored.item(i))
+    mirrored = crops.mirrored.item(i)
+    crop_picture(data, left, top, width, height, out, mirrored=mirrored, antialiased=antialiased)
 
 
 def crop_picture(

@@ -1,6 +1,6 @@
 """Batches: the pictures of a step, decoded and cropped by threads ahead of need.
 
-Threads and not processes: decoding and scaling release the interpreter's lock, and nothing is copied between
+Threads and not processes: reading, decoding and scaling release the interpreter's lock, and nothing is copied between
 processes. How many there are decides nothing but the speed.
 
 Legend: n pictures, s side in pixels, m labels a picture at the most.
@@ -10,9 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +22,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.cache import Cache
+from pipeline.data import mix
+from pipeline.data.ahead import Ahead
+from pipeline.data.augment import change, random_changes
+from pipeline.data.cache import HOME, Cache, Verified
+from pipeline.data.corpus import Corpus
 from pipeline.data.decode import cut_from
 from pipeline.data.image import Crops, central_crops, random_crops
-from pipeline.data.plan import Order, Picks
-from pipeline.data.read import Reader
+from pipeline.data.plan import Mixture, Order, Picks, needed, order, part_of_step
+from pipeline.data.read import Reader, Rows, at
+from pipeline.data.refused import Refused
 from pipeline.world import World
-from shards.manifest import ShardSet
+from shards import retry
 
 AHEAD = 4  # batches in the making while one is used, or as many as there are threads
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -38,108 +47,245 @@ class Batch:
     images: Tensor
     labels: Tensor
     samples: Tensor
-    """Number of each picture in its set."""
+    """Number of each picture in the corpus."""
+    weights: Tensor
+    """(n) 1, or 0 for what only fills the batch: at the end of an evaluation, or for a picture that cannot be used."""
+    draws: mix.Draws | None = None
+    """What is still to be done to the pictures, on the device."""
+    keys: tuple[str, ...] = ()
+    """Names of the pictures; of evaluations only, where what only fills the batch has an empty one."""
 
 
-@dataclass
-class Feed:
-    """Makes batches of a shard set."""
+class Encoded(NamedTuple):
+    """n pictures as they are stored; `labels` (n, m), `samples` (n)."""
 
-    reader: Reader
-    size: int
-    threads: int
+    data: list[bytes]
+    labels: NDArray[np.int64]
+    samples: NDArray[np.int64]
+
+
+class Measures(NamedTuple):
+    """Totals since a feed was made."""
+
     waited: float = 0.0
     """Seconds in which whoever takes the batches had to wait for one."""
-    pool: ThreadPoolExecutor = field(init=False)
+    read: int = 0
+    """Bytes of encoded pictures."""
+    hits: int = 0
+    """Shards that were in the cache when they were asked for."""
+    misses: int = 0
+    """Shards that had to be fetched."""
+    fetched: int = 0
+    """Bytes that were fetched into the cache."""
+    retries: int = 0
+    """Requests to stores that were made once more, of the whole process."""
 
-    def __post_init__(self) -> None:
-        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
-    def training(self, config: Config, order: Order, world: World, start: int, steps: int) -> Iterator[Batch]:
-        """The micro-batches of one process from step `start` on, pass by pass."""
-        lanes, micro, data = world.share(config.data.lanes), config.micro(world.size), config.data
+class Feed:
+    """Makes batches of a corpus for one process of a run."""
 
-        def plan(step: int, first: int) -> tuple[Picks, Crops]:
-            whole = order.step(step, config.batch, lanes)
-            picks = Picks(*(column[first : first + micro] for column in whole))
-            sizes = self._sizes(picks)
-            samples = self._samples(picks)
-            return picks, random_crops(
-                *sizes, samples, picks.epoch, seed=config.seed, area=data.crop_area, flip=data.flip
-            )
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: Config,
+        world: World | None = None,
+        *,
+        refused: Refused | None = None,
+        pinned: bool = False,
+    ) -> None:
+        self.corpus, self.config, self.world, self.pinned = corpus, config, world or World(), pinned
+        data = config.data
+        self.refused = refused or Refused(None, data.refused_limit)
+        retry.wait_for(data.patience_seconds)
+        folder = Path(data.cache or HOME)
+        remote = any(not one.tars.local for one in corpus.sets)
+        limit, wait = int(data.cache_gigabytes * 1e9), data.wait_seconds
+        self.cache = Cache(folder, limit, wait_seconds=wait) if remote and limit else None
+        lanes = len(self.world.share(data.lanes))
+        windows = lanes * (2 + data.window * len(corpus.counts) // max(1, corpus.samples))
+        self.reader = Reader(corpus, self.cache, Verified(folder / "verified"), kept=2 * windows + 16)
+        self.pool = ThreadPoolExecutor(data.threads, thread_name_prefix="decode")
+        self._waited, self._read, self._counting = 0.0, 0, Lock()
+        self._ahead_of: Ahead | None = None
 
-        firsts = range(0, config.batch // world.size, micro)
-        return self._ahead(partial(plan, step, first) for step in range(start, steps) for first in firsts)
+    def order(self) -> Order | Mixture:
+        """The order in which training goes through the corpus; ValueError where the lanes do not fit."""
+        return order_of(self.corpus, self.config)
 
-    def evaluation(self, world: World, batch: int, *, crop: float) -> Iterator[Batch]:
-        """This process's share of the set, every picture once, in order; the last batch may be smaller."""
-        mine = world.share(self.reader.shards.manifest.samples)
-        first = self.reader.shards.first
+    def training(self, start: int, steps: int) -> Iterator[Batch]:
+        """The micro-batches of this process from step `start` to `steps`, pass by pass."""
+        return self._of_steps(self._train, start, steps)
 
-        def plan(start: int) -> tuple[Picks, Crops]:
-            sample = np.arange(start, min(start + batch, mine.stop))
-            shard = np.searchsorted(first, sample, side="right") - 1
-            picks = Picks(np.zeros_like(sample), shard, sample - first[shard])
-            return picks, central_crops(*self._sizes(picks), share=crop)
+    def encoded(self, start: int, steps: int) -> Iterator[Encoded]:
+        """The same pictures as `training` gives, not decoded."""
+        return self._of_steps(self._encode, start, steps)
 
-        return self._ahead(partial(plan, start) for start in range(mine.start, mine.stop, batch))
+    def evaluation(self, batch: int) -> Iterator[Batch]:
+        """This process's share of the corpus, every picture once, in order, with keys.
+
+        All processes get equally many batches of equal shape; what only fills them weighs nothing. ValueError names a
+        picture that cannot be decoded: an evaluation that leaves one out is another evaluation.
+        """
+        mine = self.world.share(self.corpus.samples)
+        most = -(-self.corpus.samples // self.world.size)
+        batch = min(batch, most)
+        starts = range(mine.start, mine.start + most, batch)
+        return self._in_order(partial(self._evaluate, first, min(first + batch, mine.stop), batch) for first in starts)
+
+    def measures(self) -> Measures:
+        """What has been measured so far."""
+        counts = (self.cache.hits, self.cache.misses, self.cache.fetched) if self.cache else (0, 0, 0)
+        return Measures(self._waited, self._read, *counts, retry.again())
 
     def close(self) -> None:
         """Stop the threads; what they were making is lost."""
+        if self._ahead_of:
+            self._ahead_of.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ahead(self, plans: Iterable[Callable[[], tuple[Picks, Crops]]]) -> Iterator[Batch]:
-        """Batches in order, each made by one thread, some in the making while one is used."""
-        making: deque[Future[Batch]] = deque()
-        for plan in plans:
-            making.append(self.pool.submit(self._make, plan))
-            if len(making) > max(AHEAD, self.threads):
+    def _of_steps(self, make: Callable[[Picks], Made], start: int, steps: int) -> Iterator[Made]:
+        config, data = self.config, self.config.data
+        order, lanes = self.order(), self.world.share(data.lanes)
+        each, micro, share = config.batch // data.lanes, config.micro(self.world.size), config.batch // self.world.size
+        begin = lanes.start * each
+        ahead = self._prepare_ahead(order, lanes, start * each)
+
+        def one(step: int, first: int) -> Made:
+            ahead.reached(step * each)
+            return make(part_of_step(order, step, config.batch, begin + first, micro))
+
+        places = ((step, first) for step in range(start, steps) for first in range(0, share, micro))
+        return self._in_order(partial(one, *place) for place in places)
+
+    def _prepare_ahead(self, order: Order | Mixture, lanes: range, position: int) -> Ahead:
+        """Begin to make the shards ready that the lanes will need."""
+        data, cache, world = self.config.data, self.cache, self.world
+        room = cache.limit / world.local if cache else float("inf")
+        if cache:
+            windows = (order.window_at(lane, position).shards for lane in lanes)
+            least = sum(self._size(shard) for shard in np.unique(np.concatenate(list(windows))).tolist())
+            if least > room:
+                raise ValueError(
+                    f"the windows of this process's {len(lanes)} lanes lie in {least / 1e9:.1f} GB of shards, its "
+                    f"share of the cache is {room / 1e9:.1f} GB: data.cache_gigabytes of "
+                    f"{least * world.local / 1e9 + 0.1:.1f} would do, or a smaller data.window, or 0 gigabytes to "
+                    f"read from the store directly"
+                )
+        if self._ahead_of:
+            self._ahead_of.close()
+        self._ahead_of = Ahead(
+            needed(order, lanes, position),
+            size=self._size,
+            prepare=self._prepare,
+            used=self._used,
+            room=room,
+            threads=data.fetches,
+            position=position,
+            reach=min(data.window, self.corpus.samples // data.lanes),
+        )
+        return self._ahead_of
+
+    def _size(self, shard: int) -> int:
+        return 0 if self.corpus.tars(shard).local else self.corpus.about(shard).bytes
+
+    def _prepare(self, shard: int) -> None:
+        if not self.reader.direct(shard):
+            self.reader.prepare(shard)
+
+    def _used(self, shard: int) -> None:
+        if self.cache and not self.corpus.tars(shard).local:
+            about = self.corpus.about(shard)
+            self.cache.used(self.cache.target(about.name, about.sha256))
+
+    def _in_order(self, makers: Iterable[Callable[[], Made]]) -> Iterator[Made]:
+        """What the makers make, in order, each made by one thread, some in the making while one is used."""
+        making: deque[Future[Made]] = deque()
+        for make in makers:
+            making.append(self.pool.submit(make))
+            if len(making) > max(AHEAD, self.config.data.threads):
                 yield self._finished(making.popleft())
         while making:
             yield self._finished(making.popleft())
 
-    def _finished(self, batch: "Future[Batch]") -> Batch:
-        began = time.perf_counter()
-        found = batch.result()
-        self.waited += time.perf_counter() - began
-        return found
+    def _finished(self, made: "Future[Made]") -> Made:
+        began, limit = time.perf_counter(), self.config.data.wait_seconds
+        try:
+            return made.result(limit)
+        except TimeoutError as error:
+            if made.done():
+                raise
+            at_it = ", ".join(sorted(self.reader.opening)) or "nothing that is being fetched"
+            raise TimeoutError(f"no batch for {limit:g} s (data.wait_seconds); it waits for {at_it}") from error
+        finally:
+            self._waited += time.perf_counter() - began
 
-    def _make(self, plan: Callable[[], tuple[Picks, Crops]]) -> Batch:
-        picks, crops = plan()
-        images = np.empty((len(picks.shard), self.size, self.size, 3), np.uint8)
-        for i in range(len(images)):
-            shard, place = picks.shard.item(i), picks.place.item(i)
+    def _train(self, picks: Picks) -> Batch:
+        data, augment, seed = self.config.data, self.config.augment, self.config.seed
+        rows, samples = self.reader.rows(picks), self._samples(picks)
+        crops = random_crops(
+            rows.width, rows.height, samples, picks.epoch, seed=seed, area=data.crop_area, flip=data.flip
+        )
+        images, weights = self._cut(picks, rows, crops, refuse=True)
+        if augment.layers:
+            changes = random_changes(samples, picks.epoch, seed=seed, augment=augment)
+            for i, image in enumerate(images.numpy()):
+                change(image, changes, i)
+        draws = mix.draw(augment, samples, picks.epoch, seed=seed, side=self.config.model.image_size)
+        return Batch(images, torch.from_numpy(rows.labels), torch.from_numpy(samples), weights, draws)
+
+    def _encode(self, picks: Picks) -> Encoded:
+        rows = self.reader.rows(picks)
+        self._count(rows)
+        return Encoded(self.reader.bytes(picks, rows), rows.labels, self._samples(picks))
+
+    def _evaluate(self, first: int, last: int, batch: int) -> Batch:
+        side = self.config.model.image_size
+        samples, labels = np.full(batch, -1, np.int64), np.full((batch, 1), -1, np.int64)
+        images, weights = torch.zeros((batch, side, side, 3), dtype=torch.uint8), torch.zeros(batch)
+        count, keys = max(0, last - first), [""] * batch
+        if count:
+            samples[:count] = np.arange(first, last)
+            picks = at(self.corpus, samples[:count])
+            rows = self.reader.rows(picks)
+            crops = central_crops(rows.width, rows.height, share=self.config.data.eval_crop)
+            images[:count], weights[:count] = self._cut(picks, rows, crops, refuse=False)
+            labels = np.pad(rows.labels, ((0, batch - count), (0, 0)), constant_values=-1)
+            keys[:count] = self.corpus.keys(samples[:count])
+        return Batch(images, torch.from_numpy(labels), torch.from_numpy(samples), weights, keys=tuple(keys))
+
+    def _cut(self, picks: Picks, rows: Rows, crops: Crops, *, refuse: bool) -> tuple[Tensor, Tensor]:
+        """The crops, and the weight of each: 0, and no pixels, where a picture cannot be decoded and may be refused."""
+        side, data = self.config.model.image_size, self.config.data
+        images = torch.empty((len(picks.shard), side, side, 3), dtype=torch.uint8, pin_memory=self.pinned)
+        weights, pixels = torch.ones(len(images)), images.numpy()
+        self._count(rows)
+        for i, encoded in self.reader.each(picks, rows):
             try:
-                cut_from(self.reader.bytes(shard, place), crops, i, images[i])
+                cut_from(encoded, crops, i, pixels[i], antialiased=data.scaling == "antialiased")
             except ValueError as error:
-                key = self.reader.key(shard, place)
-                raise ValueError(f"{self.reader.shards.folder.absolute}: picture {key}: {error}") from error
-        return Batch(torch.from_numpy(images), self._labels(picks), torch.from_numpy(self._samples(picks)))
+                self._refuse(picks.shard.item(i), picks.place.item(i), error, refuse)
+                pixels[i], weights[i] = 0, 0.0
+        return images, weights
 
-    def _labels(self, picks: Picks) -> Tensor:
-        places = zip(picks.shard.tolist(), picks.place.tolist(), strict=True)
-        labels = [self.reader.at_hand(shard).labels[place] for shard, place in places]
-        most = max(map(len, labels))
-        return torch.tensor([one + [-1] * (most - len(one)) for one in labels])
+    def _refuse(self, shard: int, place: int, error: ValueError, may: bool) -> None:
+        """Name a picture that cannot be decoded; ValueError where its shard is at fault, or none may be left out."""
+        if why := self.reader.changed(shard):
+            raise ValueError(why) from error
+        sample, name = int(self.corpus.first[shard]) + place, self.reader.name(shard)
+        key = self.corpus.keys(np.array([sample]))[0]
+        if not may:
+            raise ValueError(f"{name}: picture {key}: {error}") from error
+        self.refused.add(sample, key, name, str(error))
+
+    def _count(self, rows: Rows) -> None:
+        with self._counting:
+            self._read += int(rows.size.sum())
 
     def _samples(self, picks: Picks) -> NDArray[np.int64]:
-        return self.reader.shards.first[picks.shard] + picks.place
-
-    def _sizes(self, picks: Picks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Width and height of the pictures."""
-        width, height = np.empty_like(picks.place), np.empty_like(picks.place)
-        for shard in np.unique(picks.shard).tolist():
-            here = picks.shard == shard
-            found = self.reader.at_hand(shard)
-            width[here], height[here] = found.width[picks.place[here]], found.height[picks.place[here]]
-        return width, height
+        return self.corpus.first[picks.shard] + picks.place
 
 
-def feed(shards: ShardSet, config: Config) -> Feed:
-    """A feed of a shard set with the run's size, threads and cache."""
+def order_of(corpus: Corpus, config: Config) -> Order | Mixture:
+    """The order in which a run goes through a corpus; ValueError where its lanes or weights do not fit."""
     data = config.data
-    cache = None
-    if not shards.tars.local:
-        folder = Path(data.cache or Path.home() / ".cache" / "vitscale" / "shards")
-        cache = Cache(folder, int(data.cache_gigabytes * 1e9))
-    return Feed(Reader(shards, cache), config.model.image_size, data.threads)
+    return order(corpus.parts, data.weights, lanes=data.lanes, window=data.window, seed=config.seed)

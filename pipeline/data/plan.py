@@ -5,11 +5,17 @@ there are lanes. A lane shuffles its stream window by window, and goes on with i
 takes equally many pictures from each lane. So the pictures of a step depend neither on the number of processes nor on
 that of threads, and a position is one integer: the step.
 
+Several shard sets are laid end to end as well, or, where they have weights, each gets lanes of its own: then the share
+of a set is that of its lanes, in every step.
+
 Legend: N pictures of the corpus, L lanes, e epoch, l lane.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from heapq import heapify, heapreplace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +32,14 @@ class Picks(NamedTuple):
     epoch: Numbers
     shard: Numbers
     place: Numbers
+
+
+class Need(NamedTuple):
+    """Shards that a lane reads between two positions of its stream."""
+
+    start: int
+    end: int
+    shards: Numbers
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,7 @@ class Order:
         """N."""
         return sum(self.counts)
 
-    def step(self, step: int, batch: int, lanes: range) -> Picks:
-        """The pictures that `lanes` give to a step of `batch` pictures, lane by lane."""
-        each = batch // self.lanes
-        return self.stretch(lanes, step * each, each)
-
-    def stretch(self, lanes: range, start: int, count: int) -> Picks:
+    def stretch(self, lanes: range | Numbers, start: int, count: int) -> Picks:
         """For every one of `lanes`, its pictures from position `start` of its endless stream, `count` of them."""
         lane = np.repeat(np.asarray(lanes, np.int64), count)
         position = np.tile(np.arange(start, start + count, dtype=np.int64), len(lanes))
@@ -66,6 +75,18 @@ class Order:
             here = epoch == one
             shard[here], place[here] = self._of_epoch(one, lane[here], position[here] - self._given(one, lane[here]))
         return Picks(epoch, shard, place)
+
+    def window_at(self, lane: int, position: int) -> Need:
+        """The window that a lane is in at `position` of its stream."""
+        epoch = ((position + 1) * self.lanes - lane - 1) // self.samples
+        given = (epoch * self.samples + lane) // self.lanes
+        shards, ends, starts = self._epoch(epoch)  # type: ignore[operator]
+        begin, length, offset = starts.item(lane), starts.item(lane + 1) - starts.item(lane), position - given
+        windows = -(-length // self.window)
+        window = ((offset + 1) * windows - 1) // length
+        first, end = window * length // windows, (window + 1) * length // windows
+        touched = np.searchsorted(ends, [begin + first, begin + end - 1], side="right")
+        return Need(given + first, given + end, shards[touched[0] : touched[1] + 1])
 
     def _given(self, epoch: int, lane: Numbers) -> Numbers:
         """Pictures that a lane gives before an epoch begins: floor((e N + l) / L).
@@ -94,6 +115,104 @@ class Order:
         lanes = np.arange(self.lanes, dtype=np.int64)
         lengths = self._given(epoch + 1, lanes) - self._given(epoch, lanes)
         return shards, ends, np.concatenate([[0], np.cumsum(lengths)])
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several orders at once: lane l is lane `within[l]` of `parts[of[l]]`. Shards are numbered through the parts."""
+
+    parts: tuple[Order, ...]
+    of: Numbers
+    within: Numbers
+
+    @property
+    def lanes(self) -> int:
+        """Of all parts together."""
+        return len(self.of)
+
+    @property
+    def samples(self) -> int:
+        """Pictures in all parts: as many make an epoch, though a part may come round more often than another."""
+        return sum(part.samples for part in self.parts)
+
+    @cached_property
+    def _first(self) -> list[int]:
+        """Number of the first shard of each part."""
+        return [0, *accumulate(len(part.counts) for part in self.parts)]
+
+    def stretch(self, lanes: range, start: int, count: int) -> Picks:
+        """As of `Order`; the epoch is that of the part."""
+        of, within = self.of[lanes.start : lanes.stop], self.within[lanes.start : lanes.stop]
+        found = Picks(*(np.empty((len(lanes), count), np.int64) for _ in Picks._fields))
+        for part in np.unique(of).tolist():
+            here = of == part
+            picks = self.parts[part].stretch(within[here], start, count)
+            picks = picks._replace(shard=picks.shard + self._first[part])
+            for column, values in zip(found, picks, strict=True):
+                column[here] = values.reshape(-1, count)
+        return Picks(*(column.reshape(-1) for column in found))
+
+    def window_at(self, lane: int, position: int) -> Need:
+        """As of `Order`."""
+        part = self.of.item(lane)
+        need = self.parts[part].window_at(self.within.item(lane), position)
+        return need._replace(shards=need.shards + self._first[part])
+
+
+def part_of_step(order: Order | Mixture, step: int, batch: int, first: int, count: int) -> Picks:
+    """Pictures `first` to `first + count` of the `batch` pictures of a step, which lie lane by lane."""
+    each = batch // order.lanes
+    lanes = range(first // each, -(-(first + count) // each))
+    skipped = first - lanes.start * each
+    return Picks(*(column[skipped : skipped + count] for column in order.stretch(lanes, step * each, each)))
+
+
+def order(
+    parts: Sequence[tuple[int, ...]], weights: Sequence[float], *, lanes: int, window: int, seed: int
+) -> Order | Mixture:
+    """The order of several sets, the shards of each of which hold so many pictures.
+
+    Without weights they are one corpus, each picture of which comes once an epoch. With weights the share of each set
+    in every step is its weight, rounded to lanes; ValueError where a set would get none.
+    """
+    if not weights:
+        return Order(tuple(count for part in parts for count in part), lanes, window, seed)
+    if len(weights) != len(parts) or min(weights) <= 0:
+        raise ValueError(f"data.weights needs a number above 0 for each of the {len(parts)} sets, not {list(weights)}")
+    shares = _allotted(weights, lanes)
+    orders = [
+        Order(part, n, window, number("part", seed, i)) for i, (part, n) in enumerate(zip(parts, shares, strict=True))
+    ]
+    # The lanes of a set lie evenly among the others', so that the processes have equal shares, too.
+    ranked = sorted(((k + 0.5) / n, i, k) for i, n in enumerate(shares) for k in range(n))
+    of, within = (np.array([each[column] for each in ranked], np.int64) for column in (1, 2))
+    return Mixture(tuple(orders), of, within)
+
+
+def _allotted(weights: Sequence[float], lanes: int) -> list[int]:
+    """Lanes of each set: its share rounded down or up, the largest remainders up (Hamilton's method)."""
+    quotas = [weight * lanes / sum(weights) for weight in weights]
+    shares = [int(quota) for quota in quotas]
+    for i in sorted(range(len(quotas)), key=lambda i: (shares[i] - quotas[i], i))[: lanes - sum(shares)]:
+        shares[i] += 1
+    if 0 in shares:
+        least = sum(weights) / min(weights)
+        raise ValueError(
+            f"{lanes} lanes are too few for data.weights {list(weights)}: set {shares.index(0) + 1} would get none; "
+            f"data.lanes of {int(-(-least // 1))} or more would do"
+        )
+    return shares
+
+
+def needed(order: Order | Mixture, lanes: range, position: int) -> Iterator[Need]:
+    """What the lanes read from `position` of their streams on, in the order of the first need, without an end."""
+    ahead = [(position, lane) for lane in lanes]
+    heapify(ahead)
+    while True:
+        start, lane = ahead[0]
+        need = order.window_at(lane, start)
+        yield need._replace(start=start)
+        heapreplace(ahead, (need.end, lane))
 
 
 def ends_epoch(step: int, batch: int, samples: int) -> bool:

@@ -14,7 +14,7 @@ config = Config(
     optim=Optim(lr=4e-3, warmup=100, weight_decay=0.1),
     objective="softmax",
     smoothing=0.1,
-    epochs=6.0,
+    duration=6.0,
     batch=128,
     zero=2,
     precision="fp32",

@@ -12,10 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config, from_dict
-from pipeline.data.loader import feed
-from pipeline.data.plan import Order
-from pipeline.world import World
-from shards.manifest import ShardSet
+from pipeline.data.corpus import Corpus
+from pipeline.data.loader import Feed
 from shards.storage import Folder
 
 
@@ -37,10 +35,11 @@ def batch(run: str, step: int, shards: str = "") -> Iterator[Shown]:
     """
     folder = Folder(run)
     config, roots = _config(folder), json.loads(folder.read("about.json"))["data"]
-    found = ShardSet(shards or config.data.shards)
-    if found.manifest.root != roots["training"]:
-        raise ValueError(f"{found.folder} does not hold the pictures of {folder}: its root digest is another")
-    steps = config.steps(found.manifest.samples)
+    found = Corpus.open(shards or config.data.shards)
+    if found.root != roots["training"]:
+        where = found.sets[0].folder
+        raise ValueError(f"{where} does not hold the pictures of {folder}: its root digest is another")
+    steps = config.steps(found.samples)
     if not 0 <= step < steps:
         raise ValueError(f"there is no step {step:,}: {folder} has the steps 0 to {steps - 1:,}")
     return _shown(config, found, step)
@@ -53,15 +52,13 @@ def _config(folder: Folder) -> Config:
         raise ValueError(f"{folder} holds no run: it has no config.json") from error
 
 
-def _shown(config: Config, shards: ShardSet, step: int) -> Iterator[Shown]:
-    order = Order(tuple(shards.counts.tolist()), config.data.lanes, config.data.window, config.seed)
-    pictures, names = feed(shards, config), shards.manifest.classes
+def _shown(config: Config, corpus: Corpus, step: int) -> Iterator[Shown]:
+    pictures = Feed(corpus, config)
     try:
-        for made in pictures.training(config, order, World(), step, step + 1):
-            for sample, pixels, labels in zip(made.samples.tolist(), made.images.numpy(), made.labels, strict=True):
-                shard = int(np.searchsorted(shards.first, sample, side="right")) - 1
-                key = pictures.reader.key(shard, sample - int(shards.first[shard]))
-                classes = tuple(names[label] for label in labels.tolist() if label >= 0)
-                yield Shown(key, shards.manifest.shards[shard].name, classes, pixels)
+        for made in pictures.training(step, step + 1):
+            keys, shards = corpus.keys(made.samples.numpy()), corpus.find(made.samples.numpy())[0].tolist()
+            for key, shard, pixels, labels in zip(keys, shards, made.images.numpy(), made.labels, strict=True):
+                classes = tuple(corpus.classes[label] for label in labels.tolist() if label >= 0)
+                yield Shown(key, corpus.about(shard).name, classes, pixels)
     finally:
         pictures.close()

@@ -1,4 +1,4 @@
-"""How good a model is on a set of pictures: every picture counts once."""
+"""How good a model is on a set of pictures: every picture counts once, and what only fills a batch not at all."""
 
 from collections.abc import Callable, Iterable
 
@@ -23,12 +23,10 @@ def evaluate(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
-        images, labels = to_device(batch, device)
+        images, labels, weights = to_device(batch, device, config.classes)
         logits = model(images.to(dtype))
-        value = loss(logits, labels, config.objective, config.smoothing)
-        sums += torch.stack(
-            [correct(logits, labels).sum(), value * len(labels), value.new_tensor(len(labels))]
-        ).double()
+        value = loss(logits, labels, config.objective, config.smoothing, weights) * len(labels)
+        sums += torch.stack([(correct(logits, labels) * weights).sum(), value, weights.sum()]).double()
     model.train(training)
     right, losses, count = total(sums).tolist()
     return {"accuracy": right / count, "loss": losses / count, "count": count}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
+from pipeline.data.mix import applied, normalised, targets
 from pipeline.data.plan import ends_epoch
 from pipeline.objectives.classify import loss
 from pipeline.optim.schedule import learning_rate
@@ -39,8 +40,8 @@ def train(
         losses = []
         for _ in range(passes):
             batch = next(batches)
-            images, labels = to_device(batch, engine.device)
-            value = loss(engine.forward(images), labels, config.objective, config.smoothing)
+            images, targets, weights = to_device(batch, engine.device, config.classes)
+            value = loss(engine.forward(images), targets, config.objective, config.smoothing, weights)
             engine.backward(value)
             engine.step()
             losses.append(value.detach())
@@ -53,7 +54,17 @@ def train(
             save(done)
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pictures (b, 3, s, s) in [-1, 1], normalised on the device, and their labels."""
-    images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return images.float().div_(127.5).sub_(1), batch.labels.to(device, non_blocking=True)
+def to_device(batch: Batch, device: torch.device, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (b, 3, s, s), normalised and mixed on the device, what they show, and their weights (b).
+
+    What they show is labels (b, m), or where pictures were mixed the share of each class (b, c).
+    """
+    images = normalised(batch.images.to(device, non_blocking=True))
+    labels, weights = (each.to(device, non_blocking=True) for each in (batch.labels, batch.weights))
+    if batch.draws is None:
+        return images, labels, weights
+    draws = batch.draws.to(device, non_blocking=True)
+    if draws.mixing is None:
+        return applied(images, draws), labels, weights
+    pairs = weights.unflatten(0, (-1, 2)).prod(1, keepdim=True).expand(-1, 2).flatten()  # what is mixed with nothing
+    return applied(images, draws), targets(labels, draws, classes), pairs

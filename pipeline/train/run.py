@@ -15,8 +15,9 @@ from torch import Tensor
 from pipeline import code
 from pipeline.config import Config, differences, from_dict, to_dict
 from pipeline.data import decode
-from pipeline.data.loader import Feed, feed
-from pipeline.data.plan import Order
+from pipeline.data.corpus import Corpus
+from pipeline.data.loader import Feed, Measures, order_of
+from pipeline.data.refused import Refused
 from pipeline.models import flops
 from pipeline.models.vit import VisionTransformer, initialise
 from pipeline.objectives.classify import HEAD_BIAS
@@ -28,22 +29,22 @@ from pipeline.train.engine import Engine
 from pipeline.train.evaluate import evaluate
 from pipeline.train.loop import train
 from pipeline.world import World
-from shards.manifest import ShardSet
 from shards.progress import Progress
 from shards.storage import Folder
 
 CONFIG = "config.json"
 ABOUT = "about.json"
 DECODER = "decoder"
+REFUSED = "refused"
 EXPORT = "export"
 UNSENT = "metrics-unsent.json"
 FLUSH_SECONDS = 60.0
 
 # What may differ from one start of a run to the next: it decides nothing that the run computes. Where the pictures
 # are may change, since the digest of what they are stands beside it.
-FREE = {f"data.{name}" for name in ("shards", "validation", "samples", "threads", "cache", "cache_gigabytes")} | {
-    "keep"
-}
+_FREE_OF_DATA = ("shards", "validation", "samples", "threads", "cache", "cache_gigabytes", "fetches")
+_LIMITS_OF_DATA = ("refused_limit", "wait_seconds", "patience_seconds")
+FREE = {f"data.{name}" for name in _FREE_OF_DATA + _LIMITS_OF_DATA} | {"keep"}
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,22 @@ class Job:
     name: str
 
 
-def refuse_misfits(config: Config, processes: int) -> tuple[ShardSet, ShardSet | None]:
-    """The sets to train and validate on, or ValueError: all that can be known before a machine is asked for."""
+def refuse_misfits(config: Config, processes: int) -> tuple[Corpus, Corpus | None]:
+    """The pictures to train and validate on, or ValueError: all that can be known before a machine is asked for."""
     config.check(processes)
     if not config.data.shards:
         raise ValueError("data.shards is empty: give the folder or URL of a shard set (made by jobs/prepare.py)")
-    training = ShardSet(config.data.shards)
-    validation = ShardSet(config.data.validation) if config.data.validation else None
-    for shards in filter(None, (training, validation)):
-        classes = len(shards.manifest.classes)
-        if classes != config.classes:
-            raise ValueError(f"{shards.folder.absolute} has {classes} classes, the run {config.classes}")
-    samples = training.manifest.samples
-    Order(tuple(training.counts.tolist()), config.data.lanes, config.data.window, config.seed)
+    training = Corpus.open(config.data.shards)
+    validation = Corpus.open(config.data.validation) if config.data.validation else None
+    for corpus in filter(None, (training, validation)):
+        if len(corpus.classes) != config.classes:
+            where = corpus.sets[0].folder.absolute
+            raise ValueError(f"{where} has {len(corpus.classes)} classes, the run {config.classes}")
+    samples = training.samples
+    order_of(training, config)
     if config.steps(samples) < 1:
-        raise ValueError(f"{config.epochs:g} epochs of {samples:,} pictures are not one step of {config.batch}")
+        of = f" of {samples:,} pictures" if config.unit == "epochs" else ""
+        raise ValueError(f"{config.duration:g} {config.unit}{of} are not one step of {config.batch}")
     return training, validation
 
 
@@ -135,7 +137,7 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
     config, folder = job.config, Folder(job.folder)
     refuse_other_decoder(folder)
     training, validation = refuse_misfits(config, world.size)
-    samples = training.manifest.samples
+    samples = training.samples
     steps = config.steps(samples)
     engine = Engine(config, build(config), world, device)
     start, attempt = engine.agree(([0, *complete(folder)][-1], uuid.uuid4().hex[:8]))
@@ -143,9 +145,9 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
     record = checkpoints.restore(start, engine) if start else {}
     if start and world.first:
         say(f"{job.name}: goes on after step {start:,} of {steps:,}")
-    order = Order(tuple(training.counts.tolist()), config.data.lanes, config.data.window, config.seed)
-    pictures = feed(training, config)
-    test = feed(validation, config) if validation else None
+    refused = Refused(folder / REFUSED, config.data.refused_limit, lambda line: say(f"{job.name}: {line}"))
+    pictures = Feed(training, config, world, refused=refused, pinned=device.type == "cuda")
+    test = Feed(validation, config, world, pinned=device.type == "cuda") if validation else None
     log = Log(job.tracking_uri, job.mlflow_run, record.get("metrics", [])) if world.first else None
     meter = Meter(config, engine, pictures, log, Progress(job.name, steps, "steps", say=say), samples)
     meter.progress.update(start)
@@ -153,7 +155,7 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
     def validate(done: int) -> None:
         meter.emit(done)
         if test:
-            batches = test.evaluation(world, config.micro(world.size), crop=config.data.eval_crop)
+            batches = test.evaluation(config.micro(world.size))
             meter.validated(done, evaluate(engine.model, batches, config, device, engine.sum))
 
     def keep(done: int) -> None:
@@ -164,7 +166,7 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
     train(
         config,
         engine,
-        pictures.training(config, order, world, start, steps),
+        pictures.training(start, steps),
         samples=samples,
         start=start,
         log=meter.log,
@@ -176,7 +178,7 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
         used.close()
     weights = engine.weights()
     if log:
-        export(folder, config, weights, {"data_root": training.manifest.root, "steps": steps, **meter.last})
+        export(folder, config, weights, {"data_root": training.root, "steps": steps, **meter.last})
         flush(folder, log)
 
 
@@ -231,7 +233,7 @@ class Meter:
 
     def _restart(self) -> None:
         self._values: list[dict[str, float | Tensor]] = []
-        self._began, self._waited = time.perf_counter(), self.pictures.waited
+        self._began, self._measured = time.perf_counter(), self.pictures.measures()
 
     def log(self, done: int, values: dict[str, float | Tensor]) -> None:
         """Take what a step gave; it is looked at when a line is due."""
@@ -243,29 +245,43 @@ class Meter:
         """Log the means since the last line, if there is anything; every process has to call."""
         if not self._values:
             return
-        sums = torch.stack([torch.as_tensor(v["loss"], dtype=torch.float32) for v in self._values]).mean()
-        loss = float(self.engine.mean(sums.to(self.engine.device)))
+        losses = torch.stack([torch.as_tensor(v["loss"], dtype=torch.float32) for v in self._values]).mean()
         seconds = time.perf_counter() - self._began
+        fed = [now - then for now, then in zip(self.pictures.measures(), self._measured, strict=True)]
+        local = [losses.to(self.engine.device, torch.float64), *(torch.tensor(x, dtype=torch.float64) for x in fed)]
+        loss, *total = self.engine.sum(torch.stack([x.to(self.engine.device) for x in local])).tolist()
+        processes = self.engine.world.size
         if self.log_:
             rate = len(self._values) * self.config.batch / seconds
             norms = torch.stack([torch.as_tensor(v["gradient_norm"]) for v in self._values])
-            wait = (self.pictures.waited - self._waited) / seconds
             line = {
-                "loss": loss,
+                "loss": loss / processes,
                 "lr": float(self._values[-1]["lr"]),
                 "gradient_norm": float(norms.mean()),
                 "pictures_per_second": rate,
-                "data_wait_share": wait,
+                **self._of_feed(Measures(*total), seconds, processes),
                 **self._so_far(done),
             }
             if self.peak:
                 line["mfu"] = mfu(rate, self.macs, self.peak)
             self.log_.add(done, line)
             self.progress.update(
-                done, epoch=f"{line['epoch']:.2f}", loss=f"{loss:.4f}", pictures=f"{rate:,.0f}/s",
-                waiting_for_data=f"{100 * wait:.1f} %",
+                done, epoch=f"{line['epoch']:.2f}", loss=f"{line['loss']:.4f}", pictures=f"{rate:,.0f}/s",
+                waiting_for_data=f"{100 * line['data_wait_share']:.1f} %",
             )  # fmt: skip
         self._restart()
+
+    def _of_feed(self, fed: Measures, seconds: float, processes: int) -> dict[str, float]:
+        """What the feeds of all processes did since the last line; the wait is the mean over the processes."""
+        line = {
+            "data_wait_share": fed.waited / seconds / processes,
+            "data_bytes_per_second": fed.read / seconds,
+            "data_retries": fed.retries,
+            "data_refused": self.pictures.refused.count,
+        }
+        if asked := fed.hits + fed.misses:
+            line |= {"cache_hit_share": fed.hits / asked, "cache_bytes_per_second": fed.fetched / seconds}
+        return line
 
     def validated(self, done: int, values: dict[str, float]) -> None:
         """Log the result of a validation."""

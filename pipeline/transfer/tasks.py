@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.cache import VERIFIED, Verified
+from pipeline.data.corpus import Corpus
 from pipeline.data.image import Pixels, decode
-from pipeline.data.read import Reader
+from pipeline.data.read import Reader, at
 from shards.manifest import ShardSet
 from shards.storage import Folder
 
@@ -77,8 +79,11 @@ def read(sets: list[ShardSet]) -> Pictures:
     images: list[Pixels] = []
     labels: list[int] = []
     for shards in sets:
-        reader = Reader(shards, None)
-        for shard, count in enumerate(shards.counts.tolist()):
-            images += [decode(reader.bytes(shard, place)) for place in range(count)]
-            labels += [one[0] for one in reader.at_hand(shard).labels]
+        corpus = Corpus([shards])
+        reader = Reader(corpus, None, Verified(VERIFIED))
+        for first, count in zip(corpus.first.tolist(), corpus.counts.tolist(), strict=True):
+            picks = at(corpus, range(first, first + count))
+            rows = reader.rows(picks)
+            images += [decode(data) for data in reader.bytes(picks, rows)]
+            labels += rows.labels[:, 0].tolist()
     return Pictures(images, np.array(labels))
