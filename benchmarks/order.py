@@ -20,7 +20,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.plan import Order
+from pipeline.data.plan import Order, part_of_step
 
 LANES, BATCH = 64, 1024
 
@@ -31,7 +31,7 @@ def main() -> None:
     quick = arguments.parse_args().quick
     found: dict[str, float] = {}
     began = time.perf_counter()
-    Order((10_000,) * 1_400, 256, 16_384, 0).step(3 * 3418 + 1709, 4096, range(256))
+    part_of_step(Order((10_000,) * 1_400, 256, 16_384, 0), 3 * 3418 + 1709, 4096, 0, 4096)
     found["resume_ms"] = 1000 * (time.perf_counter() - began)
     found["step_ms"] = huge(20 if quick else 200)
     found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -50,7 +50,7 @@ def huge(steps: int) -> float:
     times = []
     for step in chance.integers(0, 10 * order.samples // 4096, steps).tolist():
         began = time.perf_counter()
-        order.step(step, 4096, range(256))
+        part_of_step(order, step, 4096, 0, 4096)
         times.append(time.perf_counter() - began)
     return 1000 * statistics.median(times)
 
@@ -68,7 +68,7 @@ def steps_of(order: Order) -> NDArray[np.int32]:
     """(shards, pictures of a shard): the step of the first epoch in which each picture is."""
     found = np.zeros((len(order.counts), order.counts[0]), np.int32)
     for step in range(-(-order.samples // BATCH)):
-        picks = order.step(step, BATCH, range(LANES))
+        picks = part_of_step(order, step, BATCH, 0, BATCH)
         here = picks.epoch == 0
         found[picks.shard[here], picks.place[here]] = step
     return found

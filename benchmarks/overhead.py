@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config
-from pipeline.data.loader import Batch, Feed, feed
-from pipeline.data.plan import Order
+from pipeline.data.corpus import Corpus
+from pipeline.data.loader import Batch, Feed
 from pipeline.experiments import load
 from pipeline.objectives.classify import loss
 from pipeline.optim.schedule import learning_rate
@@ -58,7 +58,7 @@ def bare(config: Config, batches: list[Batch]) -> Callable[[int], float]:
         for step in range(count):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, count)
-            images, labels = to_device(batches[step % len(batches)], CPU)
+            images, labels, _ = to_device(batches[step % len(batches)], CPU, config.classes)
             value = loss(model(images), labels, config.objective, config.smoothing)
             value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
@@ -84,7 +84,7 @@ def deepspeed(config: Config, batches: list[Batch]) -> Callable[[int], float]:
         for step in range(count):
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, count)
-            images, labels = to_device(batches[step % len(batches)], CPU)
+            images, labels, _ = to_device(batches[step % len(batches)], CPU, config.classes)
             engine.backward(loss(engine(images), labels, config.objective, config.smoothing))
             engine.step()
         return time.perf_counter() - began
@@ -96,20 +96,19 @@ def ours(config: Config, shards: ShardSet, folder: Path) -> Callable[[int], floa
     """(c): all that a run does, validation aside."""
     world, samples = World(), shards.manifest.samples
     engine = Engine(config, build(config), world, CPU)
-    order = Order(tuple(shards.counts.tolist()), config.data.lanes, config.data.window, config.seed)
     uri = f"sqlite:///{folder}/mlflow.db"
     run = log.begin(uri, "overhead", {"vitscale.folder": str(folder)}, {}, same="vitscale.folder")
     writer = log.Log(uri, run, [])
     checkpoints = Checkpoints(Folder(str(folder)), world, "bench", keep=2)
-    pictures: Feed = feed(shards, config)  # one for all rounds, as a run has one
+    pictures = Feed(Corpus([shards]), config)  # one for all rounds, as a run has one
     done = 0
 
     def steps(count: int) -> float:
         nonlocal done
-        until = replace(config, epochs=(done + count) * config.batch / samples + 1e-9)
+        until = replace(config, duration=done + count, unit="steps")
         progress = Progress("overhead", done + count, "steps", say=lambda line: None)
         meter = Meter(until, engine, pictures, writer, progress, samples)
-        batches: Iterator[Batch] = pictures.training(until, order, world, done, done + count)
+        batches: Iterator[Batch] = pictures.training(done, done + count)
         began = time.perf_counter()
         train(
             until, engine, batches, samples=samples, start=done, log=meter.log, validate=lambda step: None,
@@ -144,8 +143,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     shards = pictures()
     config = replace(load("demo"), save_every=50, micro_batch=128)
-    order = Order(tuple(shards.counts.tolist()), config.data.lanes, config.data.window, config.seed)
-    batches = list(islice(feed(shards, config).training(config, order, World(), 0, 100), 100))
+    batches = list(islice(Feed(Corpus([shards]), config).training(0, 100), 100))
     with tempfile.TemporaryDirectory(prefix="vitscale-") as folder:
         ways = {
             "bare": bare(config, batches),
