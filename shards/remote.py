@@ -4,7 +4,7 @@ A method that is said to be one try gives what the store says now; `Remote.tried
 passed. s3fs and fsspec's web client leave some answers unchecked (a part that is short, a removal that is refused, a
 listing that fails); what is returned from here is whole.
 
-Of S3, whole files come by obstore, which takes less than half of s3fs's processor time for a byte. How it is to ask
+Of S3, whole files come by obstore, which takes less of the processor for a byte than s3fs does. How it is to ask
 for a file is not worked out again: it repeats a request of botocore's that has been answered.
 """
 
