@@ -13,9 +13,9 @@ import pytest
 import webdataset
 from PIL import Image
 
+from pipeline.config import Config, Data, Vit
+from pipeline.data.corpus import Corpus
 from pipeline.data.loader import Feed
-from pipeline.data.read import Reader
-from pipeline.world import World
 from shards import planned
 from shards.build import build
 from shards.datasets import Dataset, find
@@ -230,13 +230,16 @@ def test_a_set_made_and_verified_through_a_faulty_store_is_the_one_of_a_folder(
 
 def images(shards: ShardSet) -> dict[str, np.ndarray]:
     """What a run would be fed with, by key."""
-    feed = Feed(Reader(shards, None), 20, 2)
-    batches = list(feed.evaluation(World(0, 1), 16, crop=1.0))
+    corpus = Corpus([shards])
+    feed = Feed(corpus, Config("x", 3, model=Vit(image_size=20), data=Data(eval_crop=1.0)))
+    batches = list(feed.evaluation(16))
     feed.close()
-    pixels = np.concatenate([batch.images.numpy() for batch in batches])
-    labels = np.concatenate([batch.labels.numpy() for batch in batches])
-    keys = [row["key"] for row in rows(shards)]
-    return {one: np.append(pixel.reshape(-1), label) for one, pixel, label in zip(keys, pixels, labels, strict=True)}
+    return {
+        key: np.append(pixels.numpy().reshape(-1), labels.numpy())
+        for batch in batches
+        for key, pixels, labels in zip(batch.keys, batch.images, batch.labels, strict=True)
+        if key
+    }
 
 
 @pytest.mark.parametrize("where", ["beside", "elsewhere"])

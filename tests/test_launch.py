@@ -37,7 +37,7 @@ TINY = {
     "model.dropout": 0.1,
     "data.lanes": 8,
     "batch": 16,
-    "epochs": STEPS / 2,  # of 32 pictures
+    "duration": STEPS / 2,  # of 32 pictures
     "optim.warmup": 5,
     "save-every": 10,
     "log-every": 10,
@@ -259,7 +259,7 @@ def test_every_mistake_is_answered_by_a_line_before_a_machine_is_asked_for(
         (words(place, "a", to="/proc/vitscale"), r"/proc/vitscale"),
         (words(place, "a", batch=20), r"batch 20 does not divide over 8 lanes: a batch of 16 or 24 would"),
         (words(place, "a", processes=3), r"8 lanes do not divide over 3 processes: 2 or 4 processes would do"),
-        (words(place, "a", epochs=0.1), r"0.1 epochs of 32 pictures are not one step of 16"),
+        (words(place, "a", duration=0.1), r"0.1 epochs of 32 pictures are not one step of 16"),
         (words(place, "a", tracking_uri="http://127.0.0.1:9"), r"no MLflow server at http://127.0.0.1:9 .*refused"),
     ]
     for argv, said in mistakes:
