@@ -34,7 +34,8 @@ from pipeline.optim.schedule import learning_rate
 from pipeline.track import log
 from pipeline.train.checkpoint import Checkpoints
 from pipeline.train.engine import Engine, library, settings
-from pipeline.train.loop import to_device, train
+from pipeline.train.loop import train
+from pipeline.train.objective import Objective, to_device
 from pipeline.train.run import Meter, build
 from pipeline.world import World
 from shards.manifest import ShardSet
@@ -111,7 +112,8 @@ def ours(config: Config, shards: ShardSet, folder: Path) -> Callable[[int], floa
         batches: Iterator[Batch] = pictures.training(done, done + count)
         began = time.perf_counter()
         train(
-            until, engine, batches, samples=samples, start=done, log=meter.log, validate=lambda step: None,
+            until, engine, batches, Objective(until, engine), samples=samples, start=done, log=meter.log,
+            validate=lambda step: None,
             save=lambda step: checkpoints.save(step, engine, lambda: {"metrics": writer.unsent()}),
         )  # fmt: skip
         checkpoints.wait()

@@ -26,12 +26,13 @@ import torch
 from peers import sets
 from torch import Tensor
 
-from pipeline.config import Config, Data, Vit, vit_b16, vit_h14, vit_l16
+from pipeline.architectures.vit import Vit, vit_b16, vit_h14, vit_l16
+from pipeline.config import Config, Data
 from pipeline.data.corpus import Corpus
 from pipeline.data.loader import Batch, Feed
 from pipeline.models.vit import VisionTransformer, initialise
 from pipeline.objectives.classify import loss
-from pipeline.train.loop import to_device
+from pipeline.train.objective import to_device
 
 MODELS = {"b16": vit_b16, "l16": vit_l16, "h14": vit_h14}
 TINY = Vit(width=192, depth=2, heads=3, hidden=768)

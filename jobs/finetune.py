@@ -45,15 +45,15 @@ def main(argv: list[str]) -> None:
     arguments = parse(Arguments, argv)
     if arguments.seeds < 1:
         raise ValueError(f"seeds is {arguments.seeds}; at least 1 is needed")
+    from pipeline.models.weights.exported import find
     from pipeline.track.log import Trials
     from pipeline.track.runs import check, tracking_uri
     from pipeline.transfer import protocols, sweep, tasks
-    from pipeline.transfer.finetune import checkpoint
     from shards.cluster import connect, require
     from shards.progress import Progress
     from shards.storage import Folder
 
-    source = checkpoint(arguments.checkpoint)
+    source = find(arguments.checkpoint)
     chosen = tasks.named(arguments.tasks)
     protocol = protocols.named(arguments.protocol)
     data, folder = Folder(arguments.data).absolute, Folder(Folder(arguments.to).absolute)

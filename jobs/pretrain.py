@@ -98,6 +98,7 @@ def pretrain(arguments: Arguments) -> None:
     from pipeline.launch import has_gpus, launch
     from pipeline.track import log
     from pipeline.track.runs import check, tracking_uri
+    from pipeline.train.objective import teacher_of
     from pipeline.train.run import Job, finish_metrics, finished, open_folder, refuse_another, refuse_misfits
     from shards.cluster import connect, require
     from shards.storage import Folder
@@ -108,6 +109,8 @@ def pretrain(arguments: Arguments) -> None:
     training, validation = refuse_misfits(config, arguments.processes)
     check(uri)
     roots = {"training": training.root, **({"validation": validation.root} if validation else {})}
+    if config.distillation.teacher:
+        roots["teacher"] = teacher_of(config).digest
     refuse_another(config, folder, roots)
     if about := finished(folder):
         finish_metrics(folder, uri)
@@ -154,7 +157,10 @@ def located(config: Config) -> Config:
     found = {
         place: ",".join(Folder(each.strip()).absolute for each in value.split(",")) for place, value in places.items()
     }
-    return replace(config, data=replace(data, **found))
+    learnt = config.distillation
+    if learnt.teacher:
+        learnt = replace(learnt, teacher=Folder(learnt.teacher).absolute)
+    return replace(config, data=replace(data, **found), distillation=learnt)
 
 
 def result(about: dict) -> str:

@@ -9,6 +9,7 @@ The floors of the building; imports go down only:
              optim, track
     pipeline.config, seed, world, cli,      what a run is, chance, who one is among many, command lines,
              code, experiments              the version of the code, runs worth repeating
+    pipeline.architectures                  what models there are
     shards                                  makes and reads shard sets; knows nothing of models
 
 Each heavy dependency has one door: deepspeed in `train/engine.py`, ray in `launch.py`, `transfer/sweep.py` and

@@ -29,16 +29,23 @@ def run(main: Callable[[], None]) -> None:
 def parse(kind: type[Kind], argv: Sequence[str], *, default: Kind | None = None) -> Kind:
     """The dataclass `kind` from a command line, over the values of `default`; ValueError, of a line, for a mistake."""
     heard = io.StringIO()
-    extra = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with redirect_stderr(heard):
-            found, unknown = tyro.cli(kind, args=list(argv), return_unknown_args=True, **extra)  # type: ignore[call-overload]
+            # Of several kinds of value a field has that of its default: the experiment says which.
+            found, unknown = tyro.cli(
+                kind,
+                args=list(argv),
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+                **extra,  # type: ignore[arg-type]
+            )
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(_unboxed(heard.getvalue())) from None
     if unknown:
-        raise ValueError(_unknown(kind, unknown[0]))
+        raise ValueError(_unknown(kind, unknown[0], default))
     return found
 
 
@@ -50,36 +57,45 @@ def _unboxed(text: str) -> str:
     return " ".join(said[1:] if len(said) > 1 else said) or "the command line is wrong"
 
 
-def _unknown(kind: type, option: str) -> str:
+def _unknown(kind: type, option: str, default: Any) -> str:
     """`no option --optim.lrr in optim; it has: ...`, naming the fields of the innermost group that exists."""
     path = option.removeprefix("--").split("=")[0].replace("-", "_").split(".")
-    group, where = kind, []
+    group, where = (kind, default), []
     for name in path[:-1]:
-        inside = _groups(group).get(name)
+        inside = _groups(*group).get(name)
         if inside is None:
             break
         group, where = inside, [*where, name]
     there = ".".join(where)
-    names = ", ".join("--" + ".".join([*where, name]).replace("_", "-") for name in _options(group))
+    names = ", ".join("--" + ".".join([*where, name]).replace("_", "-") for name in _options(*group))
     return f"no option {option}{' in ' + there if there else ''}; there are: {names}"
 
 
-def _groups(kind: type) -> dict[str, type]:
-    """Fields that are dataclasses, by name; those of a field without a prefix count as the outer one's."""
-    found: dict[str, Any] = {}
+def _inside(kind: type, default: Any) -> dict[str, tuple[type, Any]]:
+    """Fields that are dataclasses, by name: which, and what the default has there."""
+    found: dict[str, tuple[type, Any]] = {}
     for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            found |= _groups(hint) if _flat(kind, name) else {name: hint}  # type: ignore[arg-type]
+        value = getattr(default, name, None)
+        inside = type(value) if is_dataclass(value) else hint  # of several kinds, the default's
+        if is_dataclass(inside):
+            found[name] = (inside, value)  # type: ignore[assignment]
     return found
 
 
-def _options(kind: type) -> list[str]:
+def _groups(kind: type, default: Any) -> dict[str, tuple[type, Any]]:
+    """As `_inside`; the groups of a field without a prefix count as the outer one's."""
+    found: dict[str, tuple[type, Any]] = {}
+    for name, group in _inside(kind, default).items():
+        found |= _groups(*group) if _flat(kind, name) else {name: group}
+    return found
+
+
+def _options(kind: type, default: Any) -> list[str]:
     found: list[str] = []
-    hints = get_type_hints(kind)
+    inside = _inside(kind, default)
     for field in fields(kind):
-        hint = hints[field.name]
-        if is_dataclass(hint):
-            found += _options(hint) if _flat(kind, field.name) else [f"{field.name}.…"]  # type: ignore[arg-type]
+        if group := inside.get(field.name):
+            found += _options(*group) if _flat(kind, field.name) else [f"{field.name}.…"]
         else:
             found.append(field.name)
     return found

@@ -1,39 +1,13 @@
 """What a run is: one frozen value. What follows from it is computed, never written back into it.
 
-Imports nothing but the standard library, so that a dry run and `--help` answer at once.
+Imports nothing heavier than the standard library, so that a dry run and `--help` answer at once.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-
-@dataclass(frozen=True)
-class Vit:
-    """A vision transformer (Dosovitskiy et al. 2021, section 3.1 and table 1)."""
-
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    """Width of the layer inside each MLP."""
-    patch: int = 16
-    """Side of a patch in pixels."""
-    image_size: int = 224
-    """Side of a picture in pixels."""
-    representation: bool = False
-    """A tanh layer as wide as the model before the head, as the paper has in pretraining."""
-    dropout: float = 0.0
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side; pixels that do not fill a patch are left out, as in the paper's code."""
-        return self.image_size // self.patch
-
-
-vit_b16 = Vit()
-vit_l16 = Vit(width=1024, depth=24, heads=16, hidden=4096)
-vit_h14 = Vit(width=1280, depth=32, heads=16, hidden=5120, patch=14)
+from pipeline.architectures import FAMILIES, Architecture, Vit, family
 
 
 @dataclass(frozen=True)
@@ -95,6 +69,22 @@ class Augment:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """Learning from another model (Touvron et al. 2021, section 4), whose best is hard, with half the weight."""
+
+    teacher: str = ""
+    """Folder or URL of a finished run or an export with the same classes; none if empty."""
+    kind: Literal["hard", "soft"] = "hard"
+    """Learn the teacher's likeliest class (equation 3), or all that it says (equation 2)."""
+    alpha: float = 0.5
+    """The teacher's share of the loss; the paper has 0.1 for soft distillation."""
+    temperature: float = 3.0
+    """What both logits are divided by in soft distillation; hard distillation has none."""
+    divisor: Literal["pictures", "numbers"] = "pictures"
+    """What the sum of a soft loss is divided by: pictures as in the paper, or also classes as in its code."""
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW with warm-up and decay (paper, table 3 and appendix B.1)."""
 
@@ -118,9 +108,10 @@ class Config:
     name: str
     """The experiment."""
     classes: int
-    model: Vit = field(default_factory=Vit)
+    model: Architecture = field(default_factory=Vit)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
+    distillation: Distillation = field(default_factory=Distillation)
     optim: Optim = field(default_factory=Optim)
     objective: Literal["sigmoid", "softmax"] = "sigmoid"
     """Cross-entropy of each class for itself (ImageNet-21k), or of one class among all."""
@@ -194,11 +185,18 @@ class Config:
             )
         if self.zero == 0 and self.precision == "bf16":
             raise ValueError("zero 0 keeps no fp32 gradients beside bf16 weights: use zero 1 or 2, or precision fp32")
-        if self.model.width % self.model.heads:
-            raise ValueError(f"width {self.model.width} does not divide over {self.model.heads} heads")
-        if self.model.grid < 1:
-            raise ValueError(f"a picture of {self.model.image_size} pixels holds no patch of {self.model.patch}")
+        self.model.check()
+        self._check_distillation()
         self._check_feed()
+
+    def _check_distillation(self) -> None:
+        chosen = self.distillation
+        if not 0 <= chosen.alpha <= 1:
+            raise ValueError(f"distillation.alpha is {chosen.alpha}; it is the teacher's share of the loss, 0 to 1")
+        if not chosen.temperature > 0:
+            raise ValueError(f"distillation.temperature is {chosen.temperature}; it is above 0")
+        if getattr(self.model, "distillation", False) and not chosen.teacher:
+            raise ValueError("a model with a distillation token needs distillation.teacher, or model.distillation off")
 
     def _check_feed(self) -> None:
         least = {
@@ -240,7 +238,7 @@ def _either(values: list[int]) -> str:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The run as nested plain values, as they stand in `config.json`."""
-    return asdict(config)
+    return {**asdict(config), "model": {"family": family(config.model), **asdict(config.model)}}
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -256,11 +254,20 @@ def _build(kind: Any, values: dict[str, Any], path: str) -> Any:
     made: dict[str, Any] = {}
     for name, value in values.items():
         hint = hints[name]
-        if is_dataclass(hint):
+        if hint == Architecture:
+            kind_of_model = _family(value.get("family", "vit"))
+            made[name] = _build(kind_of_model, {k: v for k, v in value.items() if k != "family"}, f"{path}{name}.")
+        elif is_dataclass(hint):
             made[name] = _build(hint, value, f"{path}{name}.")
         else:
             made[name] = _typed(hint, value, path + name)
     return kind(**made)
+
+
+def _family(name: str) -> type[Architecture]:
+    if name not in FAMILIES:
+        raise ValueError(f"no family of models {name!r}; there are: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
@@ -287,7 +294,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
     """One line, `field: ours != theirs`, for each field in which two runs differ."""
 
     def compare(a: Any, b: Any, path: str) -> list[str]:
-        if not is_dataclass(a):
+        if not is_dataclass(a) or type(a) is not type(b):
             return [] if a == b else [f"{path}: {a!r} != {b!r}"]
         names = [f.name for f in fields(a)]
         return [line for n in names for line in compare(getattr(a, n), getattr(b, n), f"{path}.{n}" if path else n)]

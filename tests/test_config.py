@@ -6,7 +6,8 @@ from importlib import import_module
 import pytest
 
 from pipeline import experiments
-from pipeline.config import Config, Data, differences, from_dict, to_dict, vit_b16, vit_h14, vit_l16
+from pipeline.architectures.vit import vit_b16, vit_h14, vit_l16
+from pipeline.config import Config, Data, differences, from_dict, to_dict
 from pipeline.models import flops
 
 

@@ -15,7 +15,7 @@ from pipeline.data.corpus import Corpus
 from pipeline.data.loader import Batch, Feed
 from pipeline.data.refused import Refused
 from pipeline.objectives.classify import loss
-from pipeline.train.loop import to_device
+from pipeline.train.objective import to_device
 from pipeline.world import World
 from shards.manifest import ShardSet
 from shards.storage import Folder

@@ -19,6 +19,7 @@ FLOORS = (
     {"pipeline.train", "pipeline.transfer", "pipeline.insight"},
     {"pipeline.data", "pipeline.models", "pipeline.objectives", "pipeline.optim", "pipeline.track"},
     {"pipeline.config", "pipeline.seed", "pipeline.world", "pipeline.cli", "pipeline.code", "pipeline.experiments"},
+    {"pipeline.architectures"},
     {"shards"},
 )
 ROOM_MATES = FLOORS[4]

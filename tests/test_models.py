@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import seed
-from pipeline.config import Optim, Vit, vit_b16, vit_h14, vit_l16
+from pipeline.architectures.vit import Vit, vit_b16, vit_h14, vit_l16
+from pipeline.config import Optim
 from pipeline.models import flops
 from pipeline.models.vit import Attention, VisionTransformer, initialise
 from pipeline.objectives.classify import HEAD_BIAS, correct, loss, multi_hot

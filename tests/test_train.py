@@ -34,13 +34,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    place: Path, name: str, *, processes: int, kill_at: int | None = None, dropout: float = 0.1, **changes: object
+    place: Path,
+    name: str,
+    *,
+    processes: int,
+    kill_at: int | None = None,
+    dropout: float | None = 0.1,
+    **changes: object,
 ) -> tuple[int, Path, str]:
     """Run in the folder `name`; returns the exit code, the folder and the MLflow run."""
     folder, shards = place / name, ShardSet(str(place / "set"))
     uri = f"sqlite:///{place}/mlflow.db"
     config = tiny.config(shards, **{"augment": ALL, **changes})
-    config = replace(config, model=replace(config.model, dropout=dropout))
+    if dropout is not None:
+        config = replace(config, model=replace(config.model, dropout=dropout))
     open_folder(config, str(folder), {"training": shards.manifest.root})
     mlflow_run = log.begin(uri, name, {"vitscale.folder": str(folder)}, {}, same="vitscale.folder")
     with socket.socket() as free:

@@ -19,10 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import finetune as job
+from pipeline.models.weights.exported import Exported
+from pipeline.models.weights.exported import find as find_model
 from pipeline.track.runs import read
 from pipeline.train.run import build, export
 from pipeline.transfer import protocols, tasks
-from pipeline.transfer.finetune import Checkpoint, Trial, _training_crops, _turn, checkpoint, perform
+from pipeline.transfer.finetune import Trial, _training_crops, _turn, perform
 from pipeline.transfer.sweep import Result, Results, Wanted, best_rate
 from pipeline.transfer.tasks import CHOOSE, TEST, Pictures, Task, find
 from shards.storage import Folder
@@ -172,7 +174,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trial_of(place: Path, start: str, split: str, **changes: Any) -> Trial:
     sets = find(str(place / "sets"), tasks.digits)
-    source = checkpoint(str(place / "run"))
+    source = find_model(str(place / "run"))
     model = source.digest if start == "pretrained" else source.architecture
     protocol = replace(protocols.demo, steps=60, batch=32)
     data = tuple((name, s.manifest.root) for name, s in sets.items())
@@ -214,8 +216,8 @@ def test_a_damaged_checkpoint_is_named(place: Path, tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"?")
-    source = checkpoint(str(tmp_path))
-    assert isinstance(source, Checkpoint)
+    source = find_model(str(tmp_path))
+    assert isinstance(source, Exported)
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         source.weights()
 

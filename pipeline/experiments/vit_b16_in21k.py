@@ -7,7 +7,8 @@ Expected: top-1 on ImageNet 83.97 % after fine-tuning at 384 pixels (paper, tabl
 
 from dataclasses import replace
 
-from pipeline.config import Config, Data, Optim, vit_b16
+from pipeline.architectures.vit import vit_b16
+from pipeline.config import Config, Data, Optim
 
 config = Config(
     name="vit_b16_in21k",

@@ -7,7 +7,8 @@ Expected: top-1 on ImageNet 85.13 % after fine-tuning at 384 pixels (paper, tabl
 
 from dataclasses import replace
 
-from pipeline.config import Config, Data, Optim, vit_h14
+from pipeline.architectures.vit import vit_h14
+from pipeline.config import Config, Data, Optim
 
 config = Config(
     name="vit_h14_in21k",

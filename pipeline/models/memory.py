@@ -7,6 +7,7 @@ with a fused attention; the framework's own needs and fragmentation are not in i
 
 from dataclasses import dataclass
 
+from pipeline.architectures import Vit
 from pipeline.config import Config
 from pipeline.models.flops import parameters
 
@@ -43,11 +44,15 @@ def memory(config: Config, processes: int) -> Memory:
 def activation_numbers(config: Config) -> float:
     """Numbers that a picture's forward pass keeps for the backward pass.
 
-    Of each token and block: the input and output of both LayerNorms, query, key, value, the attention's output, and
-    the MLP's inner layer before and after its GELU; a dropout keeps a mask of one byte a number.
+    Of each token and block of a vision transformer: the input and output of both LayerNorms, query, key, value, the
+    attention's output, and the MLP's inner layer before and after its GELU; a dropout keeps a mask of one byte a
+    number. Other families are counted by torch (`kept.py`).
     """
     model = config.model
-    tokens = model.grid**2 + 1
+    if type(model) is not Vit:
+        from pipeline.models.kept import kept_bytes  # imports torch, which a dry run of a transformer does without
+
+        return kept_bytes(model) / 4
     block = 8 * model.width + 2 * model.hidden
     masks = (3 * model.width + model.hidden) / 2 if model.dropout else 0
-    return tokens * (model.depth * (block + masks) + 4 * model.width)
+    return model.tokens * (model.depth * (block + masks) + 4 * model.width)

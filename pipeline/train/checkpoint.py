@@ -1,8 +1,9 @@
 """Checkpoints that any number of processes can read, of which only whole ones count.
 
 `step-00000700/` holds one safetensors file a process (stretches of parameters and of AdamW's moments, laid flat),
-beside each a record of what is in it with its digest, and, written last by process 0, `complete.json` with all the
-records. Writing goes on beside the training: it begins with a copy of the state, and all else is another thread's.
+beside each a record of what is in it with its digest, where the model keeps running means `buffers.*.safetensors`, and,
+written last by process 0, `complete.json` with all the records. Writing goes on beside the training: it begins with a
+copy of the state, and all else is another thread's.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.train.engine import STATES, Engine, Fragment
@@ -66,7 +68,8 @@ class Checkpoints:
             Fragment(f.parameter, f.start, {k: _copy(v) for k, v in f.states.items()}) for f in engine.fragments()
         ]
         about = {"format": FORMAT, "step": step, "optimizer_steps": engine.optimizer_steps(), "parts": self.world.size}
-        self._writing = self._thread.submit(self._write, step, copies, about, extra)
+        buffers = engine.buffers() if self.world.first else {}
+        self._writing = self._thread.submit(self._write, step, copies, buffers, about, extra)
 
     def wait(self) -> None:
         """Return when what was begun is written, or raise what went wrong."""
@@ -92,6 +95,11 @@ class Checkpoints:
         needed = sum(fragment.length for fragment in wanted)
         if filled != needed:
             raise ValueError(f"{place.absolute} holds {filled:,} of {needed:,} numbers: it is of another model")
+        if "buffers" in record:
+            data = place.read(record["buffers"]["file"])
+            if sha256(data).hexdigest() != record["buffers"]["sha256"]:
+                raise ValueError(f"{place.absolute}/{record['buffers']['file']} is damaged: its digest is another")
+            engine.load_buffers(load(data))
         engine.restored()
         return record
 
@@ -115,7 +123,12 @@ class Checkpoints:
         return sum(end - start for _, (start, end) in overlaps)
 
     def _write(
-        self, step: int, fragments: list[Fragment], about: dict[str, Any], extra: Callable[[], dict[str, Any]]
+        self,
+        step: int,
+        fragments: list[Fragment],
+        buffers: dict[str, Tensor],
+        about: dict[str, Any],
+        extra: Callable[[], dict[str, Any]],
     ) -> None:
         place = self.folder / "checkpoints" / name_of(step)
         part = f"part-{self.world.rank:05}.{self.attempt}"
@@ -133,6 +146,10 @@ class Checkpoints:
             else:
                 place.put(path, record["file"])
         place.write(f"{part}.json", json.dumps(record).encode())
+        if buffers:
+            data, name = save(buffers), f"buffers.{self.attempt}.safetensors"
+            place.write(name, data)
+            about = {**about, "buffers": {"file": name, "sha256": sha256(data).hexdigest()}}
         if self.world.first:
             files = self._all_parts(place)
             place.write(COMPLETE, json.dumps({**about, **extra(), "files": files}).encode())

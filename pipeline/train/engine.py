@@ -112,8 +112,34 @@ class Engine:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def buffers(self) -> dict[str, Tensor]:
+        """What the model keeps beside its weights, such as running means, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.model.named_buffers() if name in self._kept}
+
+    @property
+    def _kept(self) -> set[str]:
+        """Names of the buffers that belong to the state of the model."""
+        return {name for name, _ in self.model.named_buffers()} & self.model.state_dict().keys()
+
+    def load_buffers(self, values: dict[str, Tensor]) -> None:
+        """Take what `buffers` gave; ValueError where it is another model's."""
+        if values.keys() != self._kept:
+            raise ValueError(f"the checkpoint has other buffers than the model: {sorted(values.keys() ^ self._kept)}")
+        for name, value in self.model.named_buffers():
+            if name in values:
+                value.copy_(values[name])
+
+    def average_buffers(self) -> None:
+        """Give every process the mean of all processes' running means and variances; every process has to call.
+
+        Each normalises by its own pictures in between.
+        """
+        for name, value in self.model.named_buffers():
+            if self.world.size > 1 and name in self._kept and value.is_floating_point():
+                value.copy_(self.mean(value.float()))
+
     def weights(self) -> dict[str, Tensor]:
-        """The fp32 weights on the CPU, whole; every process has to ask."""
+        """The fp32 weights and the buffers on the CPU, whole; every process has to ask."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         def whole(parameter: nn.Parameter) -> Tensor:
@@ -121,7 +147,10 @@ class Engine:
                 return parameter
             return safe_get_full_fp32_param(parameter).view_as(parameter)  # type: ignore[union-attr]
 
-        return {name: whole(p).detach().float().cpu().clone() for name, p in self.model.named_parameters()}
+        weights = {name: whole(p).detach().float().cpu().clone() for name, p in self.model.named_parameters()}
+        return weights | {
+            name: value.float() if value.is_floating_point() else value for name, value in self.buffers().items()
+        }
 
     def fragments(self) -> list[Fragment]:
         """What this process has to save: with the other processes' fragments, every number of the state once."""

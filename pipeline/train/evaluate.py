@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.objectives.classify import correct, loss
-from pipeline.train.loop import to_device
+from pipeline.train.objective import to_device
 
 
 @torch.no_grad()

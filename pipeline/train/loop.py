@@ -1,4 +1,4 @@
-"""The loop. What it does to the world it is handed: batches, engine, log, validate, save."""
+"""The loop. What it does to the world it is handed: batches, objective, engine, log, validate, save."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,9 +7,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
-from pipeline.data.mix import applied, normalised, targets
 from pipeline.data.plan import ends_epoch
-from pipeline.objectives.classify import loss
 from pipeline.optim.schedule import learning_rate
 from pipeline.seed import number
 from pipeline.train.engine import Engine
@@ -19,6 +17,7 @@ def train(
     config: Config,
     engine: Engine,
     batches: Iterator[Batch],
+    objective: Callable[[Batch], Tensor],
     *,
     samples: int,
     start: int,
@@ -39,9 +38,7 @@ def train(
         engine.seed(number("step", config.seed, step, world.rank))
         losses = []
         for _ in range(passes):
-            batch = next(batches)
-            images, targets, weights = to_device(batch, engine.device, config.classes)
-            value = loss(engine.forward(images), targets, config.objective, config.smoothing, weights)
+            value = objective(next(batches))
             engine.backward(value)
             engine.step()
             losses.append(value.detach())
@@ -52,19 +49,3 @@ def train(
             validate(done)
         if done % config.save_every == 0 or done == steps:
             save(done)
-
-
-def to_device(batch: Batch, device: torch.device, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (b, 3, s, s), normalised and mixed on the device, what they show, and their weights (b).
-
-    What they show is labels (b, m), or where pictures were mixed the share of each class (b, c).
-    """
-    images = normalised(batch.images.to(device, non_blocking=True))
-    labels, weights = (each.to(device, non_blocking=True) for each in (batch.labels, batch.weights))
-    if batch.draws is None:
-        return images, labels, weights
-    draws = batch.draws.to(device, non_blocking=True)
-    if draws.mixing is None:
-        return applied(images, draws), labels, weights
-    pairs = weights.unflatten(0, (-1, 2)).prod(1, keepdim=True).expand(-1, 2).flatten()  # what is mixed with nothing
-    return applied(images, draws), targets(labels, draws, classes), pairs

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import code
+from pipeline.architectures import family
 from pipeline.config import Config, differences, from_dict, to_dict
 from pipeline.data import decode
 from pipeline.data.corpus import Corpus
 from pipeline.data.loader import Feed, Measures, order_of
 from pipeline.data.refused import Refused
 from pipeline.models import flops
-from pipeline.models.vit import VisionTransformer, initialise
+from pipeline.models.build import build as build_model
+from pipeline.models.build import initialise
 from pipeline.objectives.classify import HEAD_BIAS
 from pipeline.seed import number
 from pipeline.track.log import Log
@@ -28,6 +30,7 @@ from pipeline.train.checkpoint import Checkpoints, complete
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import evaluate
 from pipeline.train.loop import train
+from pipeline.train.objective import Objective, teacher_of
 from pipeline.world import World
 from shards.progress import Progress
 from shards.storage import Folder
@@ -44,7 +47,7 @@ FLUSH_SECONDS = 60.0
 # are may change, since the digest of what they are stands beside it.
 _FREE_OF_DATA = ("shards", "validation", "samples", "threads", "cache", "cache_gigabytes", "fetches")
 _LIMITS_OF_DATA = ("refused_limit", "wait_seconds", "patience_seconds")
-FREE = {f"data.{name}" for name in _FREE_OF_DATA + _LIMITS_OF_DATA} | {"keep"}
+FREE = {f"data.{name}" for name in _FREE_OF_DATA + _LIMITS_OF_DATA} | {"keep", "distillation.teacher"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def refuse_misfits(config: Config, processes: int) -> tuple[Corpus, Corpus | Non
         if len(corpus.classes) != config.classes:
             where = corpus.sets[0].folder.absolute
             raise ValueError(f"{where} has {len(corpus.classes)} classes, the run {config.classes}")
+    if config.distillation.teacher:
+        teacher_of(config)
     samples = training.samples
     order_of(training, config)
     if config.steps(samples) < 1:
@@ -124,9 +129,9 @@ def finished(folder: Folder) -> dict[str, Any] | None:
         return None
 
 
-def build(config: Config) -> VisionTransformer:
+def build(config: Config) -> nn.Module:
     """The run's model with its initial weights, the same on every process."""
-    model = VisionTransformer(config.model, config.classes)
+    model = build_model(config.model, config.classes)
     head_bias = HEAD_BIAS if config.objective == "sigmoid" else 0.0
     initialise(model, torch.Generator().manual_seed(number("weights", config.seed)), head_bias=head_bias)
     return model
@@ -154,12 +159,14 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
 
     def validate(done: int) -> None:
         meter.emit(done)
+        engine.average_buffers()
         if test:
             batches = test.evaluation(config.micro(world.size))
             meter.validated(done, evaluate(engine.model, batches, config, device, engine.sum))
 
     def keep(done: int) -> None:
         meter.emit(done)
+        engine.average_buffers()
         # Asked while training goes on: what was logged after this step, the next start will log itself.
         checkpoints.save(done, engine, lambda: {"metrics": log.unsent(up_to=done)} if log else {})
 
@@ -167,6 +174,7 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
         config,
         engine,
         pictures.training(start, steps),
+        Objective(config, engine),
         samples=samples,
         start=start,
         log=meter.log,
@@ -205,7 +213,7 @@ def export(folder: Folder, config: Config, weights: dict[str, Tensor], metrics: 
     about = {
         "format": 1,
         "digest": sha256(data).hexdigest(),
-        "architecture": "vit",
+        "architecture": family(config.model),
         "model": asdict(config.model),
         "classes": config.classes,
         "mean": [0.5, 0.5, 0.5],

@@ -6,25 +6,27 @@ result, and another one never takes its place.
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.config import Optim, Vit
+from pipeline.architectures import Vit
+from pipeline.config import Optim
 from pipeline.data.image import Crops, central_crops, cut, placed_crops
-from pipeline.models.vit import VisionTransformer, initialise
+from pipeline.models.build import build, initialise
+from pipeline.models.weights.exported import Exported
+from pipeline.models.weights.exported import find as find_model
+from pipeline.models.weights.fit import take
 from pipeline.optim.schedule import learning_rate
 from pipeline.seed import number, permutation
 from pipeline.transfer.protocols import Protocol
 from pipeline.transfer.tasks import Pictures, Task, find, read
-from shards.storage import Folder
 
 EVALUATION_BATCH = 256
 
@@ -57,46 +59,15 @@ class Trial:
         return f"{self.task.name} {self.start} lr {self.rate:g} seed {self.seed} on {self.split}"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """An exported model: `weights` are read when they are needed."""
-
-    folder: Folder
-    digest: str
-    model: Vit
-    about: dict[str, Any]
-
-    @property
-    def architecture(self) -> str:
-        """Digest of the architecture alone."""
-        return sha256(json.dumps(asdict(self.model), sort_keys=True).encode()).hexdigest()
-
-    def weights(self) -> dict[str, Tensor]:
-        """The weights; ValueError where the file is not the described one."""
-        data = self.folder.read("model.safetensors")
-        if sha256(data).hexdigest() != self.digest:
-            raise ValueError(f"{self.folder.absolute}/model.safetensors is damaged: its digest is not the recorded one")
-        return load(data)
-
-
-def checkpoint(url: str) -> Checkpoint:
-    """The export in a run's folder, or in `url` itself; ValueError where the run has not come to its end."""
-    for folder in (Folder(url) / "export", Folder(url)):
-        if folder.exists("model.json"):
-            about = json.loads(folder.read("model.json"))
-            return Checkpoint(folder, about["digest"], Vit(**about["model"]), about)
-    raise ValueError(f"{Folder(url).absolute} holds no export/model.json: the run is not there or has not finished")
-
-
 def perform(trial: Trial, source: str, data: str) -> dict[str, Any]:
     """Run a trial with the checkpoint at `source` and the tasks' shard sets under `data`; returns its result."""
     began = time.monotonic()
-    start = checkpoint(source)
+    start = find_model(source)
     training, test, classes = _pictures(trial, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = prepared(start, trial, classes).to(device)
-    finetune(model, training, trial, start.model.image_size)
-    correct = count_correct(model, test, start.model.image_size)
+    finetune(model, training, trial, start)
+    correct = count_correct(model, test, start)
     count = len(test.labels)
     seconds = time.monotonic() - began
     return {
@@ -125,19 +96,19 @@ def _decoded(data: str, task: Task, splits: tuple[str, ...], roots: tuple[tuple[
     return read([sets[split] for split in splits])
 
 
-def prepared(start: Checkpoint, trial: Trial, classes: int) -> VisionTransformer:
-    """The model to fine-tune: the pretraining's head with its tanh layer is replaced by one layer of zeros."""
-    vit = Vit(**{**asdict(start.model), "representation": False})
-    model = VisionTransformer(vit, classes)
+def prepared(start: Exported, trial: Trial, classes: int) -> nn.Module:
+    """The model to fine-tune: the pretraining's head, with its tanh layer if it has one, is replaced by zeros."""
+    config = start.config
+    if isinstance(config, Vit):  # or a hybrid
+        config = replace(config, representation=False, distillation=False)
+    model = build(config, classes)
     initialise(model, torch.Generator().manual_seed(number("scratch", trial.seed)))
     if trial.start == "pretrained":
-        kept = {k: v for k, v in start.weights().items() if not k.startswith(("head.", "pre_logits."))}
-        missing, unexpected = model.load_state_dict(kept, strict=False)
-        assert not unexpected and set(missing) == {"head.weight", "head.bias"}
+        take(model, start.weights(), config, head="fresh")
     return model
 
 
-def finetune(model: VisionTransformer, training: Pictures, trial: Trial, size: int) -> None:
+def finetune(model: nn.Module, training: Pictures, trial: Trial, start: Exported) -> None:
     """Train by the trial's protocol; which pictures a step sees and how they are cut follows from the seed."""
     protocol, count = trial.protocol, len(training.labels)
     device = next(model.parameters()).device
@@ -147,10 +118,10 @@ def finetune(model: VisionTransformer, training: Pictures, trial: Trial, size: i
     for step in range(protocol.steps):
         torch.manual_seed(number("finetune", trial.seed, step))
         chosen, epoch = _turn(count, step, protocol.batch, trial.seed)
-        images = _batch(training, chosen, _training_crops(training, chosen, epoch, trial), size)
+        images = _batch(training, chosen, _training_crops(training, chosen, epoch, trial), start.config.image_size)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, step, protocol.steps)
-        logits = model(_normalised(images, device))
+        logits = model(start.scaled(_normalised(images, device)))
         loss = cross_entropy(logits, torch.from_numpy(training.labels[chosen]).to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -187,7 +158,7 @@ def _normalised(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def count_correct(model: VisionTransformer, pictures: Pictures, size: int) -> int:
+def count_correct(model: nn.Module, pictures: Pictures, start: Exported) -> int:
     """Pictures that the model names rightly; every picture is looked at once."""
     model.eval()
     device = next(model.parameters()).device
@@ -196,6 +167,7 @@ def count_correct(model: VisionTransformer, pictures: Pictures, size: int) -> in
     for first in range(0, len(pictures.labels), EVALUATION_BATCH):
         chosen = np.arange(first, min(first + EVALUATION_BATCH, len(pictures.labels)))
         crops = central_crops(width[chosen], height[chosen], share=1.0)
-        named = model(_normalised(_batch(pictures, chosen, crops, size), device)).argmax(1).cpu().numpy()
+        images = start.scaled(_normalised(_batch(pictures, chosen, crops, start.config.image_size), device))
+        named = model(images).argmax(1).cpu().numpy()
         correct += int((named == pictures.labels[chosen]).sum())
     return correct

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayError
 
-from pipeline.transfer.finetune import Checkpoint, Trial, perform
+from pipeline.models.weights.exported import Exported
+from pipeline.transfer.finetune import Trial, perform
 from pipeline.transfer.protocols import Protocol
 from pipeline.transfer.tasks import CHOOSE, TEST, Task
 from shards.storage import Folder
@@ -106,7 +107,7 @@ class Resources:
 
 def sweep(
     wanted: Wanted,
-    source: Checkpoint,
+    source: Exported,
     data: str,
     folder: Folder,
     *,
