@@ -81,6 +81,7 @@ def measure(config: Config, device: torch.device, steps: int, rounds: int) -> di
         pictures = Feed(Corpus.open(config.data.shards), config, pinned=device.type == "cuda")
         batches = pictures.training(0, WARM + steps)
         still = [next(batches) for _ in range(WARM)][-1]
+        run(take, repeated(still, WARM), device)
         rates["feed"].append(rate(config, steps, lambda batches=batches: list(map(id, batches))))
         rates["synthetic"].append(rate(config, steps, lambda still=still: run(take, repeated(still, steps), device)))
         batches = pictures.training(0, WARM + steps)
