@@ -59,7 +59,7 @@ def bare(config: Config, batches: list[Batch]) -> Callable[[int], float]:
         for step in range(count):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, count)
-            images, labels, _ = to_device(batches[step % len(batches)], CPU, config.classes)
+            images, labels = to_device(batches[step % len(batches)], CPU, config.classes)[:2]
             value = loss(model(images), labels, config.objective, config.smoothing)
             value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
@@ -85,7 +85,7 @@ def deepspeed(config: Config, batches: list[Batch]) -> Callable[[int], float]:
         for step in range(count):
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, count)
-            images, labels, _ = to_device(batches[step % len(batches)], CPU, config.classes)
+            images, labels = to_device(batches[step % len(batches)], CPU, config.classes)[:2]
             engine.backward(loss(engine(images), labels, config.objective, config.smoothing))
             engine.step()
         return time.perf_counter() - began

@@ -85,6 +85,53 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class Suppression:
+    """Losses against over-smoothing (Gong et al. 2021, in two versions), and how they are read; a coefficient of 0
+    leaves one out, as a run does with all three unless it is told otherwise."""
+
+    cosine: float = 1.0
+    """Coefficient of the patches' similarity to each other in the last layer."""
+    contrastive: float = 1.0
+    """Coefficient of telling a patch of the first layer its own place in the last."""
+    mixing: float = 1.0
+    """Coefficient of classifying each patch as the picture it came from."""
+    signed: bool = False
+    """Opposite patches count as less alike than orthogonal ones, rather than as alike."""
+    diagonal: bool = False
+    """A patch's similarity to itself, always 1, counts too."""
+    first: Literal["block", "embedding"] = "block"
+    """The first layer: what the first block gives, or the patch embeddings before positions are added."""
+    detached: bool = True
+    """No gradient flows into the first layer."""
+    normalised: bool = False
+    """Vectors of both layers have length 1 before they are contrasted."""
+    negative: Literal["others", "all", "neighbourhood"] = "others"
+    """What a patch is told from: the others' mean, that of all with itself, or the others' and the neighbours'."""
+    head: Literal["own", "shared"] = "own"
+    """What classifies patches: a linear layer of its own, one for all places, or the head of the class token."""
+    dropout: float = 0.0
+    """Before a head of its own."""
+    unit: Literal["patches", "regions"] = "patches"
+    """What is classified: each patch, or the mean patch of each of the two pictures' regions, weighed by area."""
+    averaged: bool = False
+    """The class token counts as one patch among the others, in place of a sum of its loss and the patches' mean."""
+
+    def __post_init__(self) -> None:
+        for name in ("cosine", "contrastive", "mixing"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a coefficient is at least 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it is a share, at least 0 and below 1")
+        if self.averaged and self.unit == "regions":
+            raise ValueError("averaged makes the class token one of the patches: it needs unit 'patches'")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is any."""
+        return max(self.cosine, self.contrastive, self.mixing) > 0
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW with warm-up and decay (paper, table 3 and appendix B.1)."""
 
@@ -112,6 +159,7 @@ class Config:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     distillation: Distillation = field(default_factory=Distillation)
+    suppression: Suppression = field(default_factory=lambda: Suppression(cosine=0.0, contrastive=0.0, mixing=0.0))
     optim: Optim = field(default_factory=Optim)
     objective: Literal["sigmoid", "softmax"] = "sigmoid"
     """Cross-entropy of each class for itself (ImageNet-21k), or of one class among all."""
@@ -187,6 +235,7 @@ class Config:
             raise ValueError("zero 0 keeps no fp32 gradients beside bf16 weights: use zero 1 or 2, or precision fp32")
         self.model.check()
         self._check_distillation()
+        self._check_suppression()
         self._check_feed()
 
     def _check_distillation(self) -> None:
@@ -197,6 +246,12 @@ class Config:
             raise ValueError(f"distillation.temperature is {chosen.temperature}; it is above 0")
         if getattr(self.model, "distillation", False) and not chosen.teacher:
             raise ValueError("a model with a distillation token needs distillation.teacher, or model.distillation off")
+
+    def _check_suppression(self) -> None:
+        if self.suppression.wanted and not isinstance(self.model, Vit):
+            raise ValueError("suppression is there for vision transformers and hybrids, whose tokens have one grid")
+        if self.suppression.mixing and not self.augment.cutmix:
+            raise ValueError("suppression.mixing classifies the patches of mixed pictures: it needs augment.cutmix")
 
     def _check_feed(self) -> None:
         least = {

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import cast
 
@@ -10,13 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.architectures import Architecture, Bit, Cmt, Efficientnet, Hybrid, Maxvit, Vit, presets
-from pipeline.config import Config, Distillation, differences, from_dict, to_dict
+from pipeline.config import Augment, Config, Distillation, Suppression, differences, from_dict, to_dict
 from pipeline.models import flops
 from pipeline.models.build import build, initialise
 from pipeline.models.kept import kept_bytes
 from pipeline.models.memory import activation_numbers
+from pipeline.models.vit import VisionTransformer
 from pipeline.models.weights.exported import find, put
-from pipeline.train.objective import teacher_of
+from pipeline.objectives.patches import DIVERSE_VIT, RELEASED, THIRD_VERSION
+from pipeline.train.objective import Watched, teacher_of, with_heads
 from pipeline.transfer.finetune import Trial, prepared
 from pipeline.transfer.protocols import Protocol
 from pipeline.transfer.tasks import digits
@@ -173,3 +176,56 @@ def test_pictures_are_scaled_as_a_model_from_elsewhere_learnt_to_see_them(tmp_pa
     white = torch.ones(1, 3, 2, 2)  # 255
     wanted = [(1 - m) / d for m, d in zip(mean, deviation, strict=True)]
     assert find(str(tmp_path)).scaled(white)[0, :, 0, 0].tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.slow
+def test_a_run_against_over_smoothing_ends_through_a_kill_as_if_nothing_had_happened(place: Path) -> None:
+    config = tiny.config(tiny.ShardSet(str(place / "set")))
+    changes = {"model": SMALL["vit"], "data": config.data, "augment": Augment(cutmix=1.0)}
+
+    def weights(run: str, suppression: Suppression, kill_at: int | None = None) -> dict[str, torch.Tensor]:
+        asked = {**changes, "suppression": suppression}
+        folder = test_train.start(place, run, processes=2, kill_at=kill_at, dropout=None, **asked)[1]
+        return {} if kill_at else load_file(folder / "export" / "model.safetensors")
+
+    quiet = weights("suppressed", THIRD_VERSION)
+    weights("suppressed-killed", THIRD_VERSION, kill_at=10)
+    killed = weights("suppressed-killed", THIRD_VERSION)
+    assert quiet.keys() == build(SMALL["vit"], 3).state_dict().keys(), "the patches' head is for training alone"
+    assert all(torch.equal(quiet[key], killed[key]) for key in quiet)
+    others = [weights(f"suppressed-{i}", choices) for i, choices in enumerate((RELEASED, DIVERSE_VIT, OFF))]
+    for ours, theirs in combinations([quiet, *others], 2):
+        assert any(not torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+OFF = Suppression(cosine=0.0, contrastive=0.0, mixing=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": SMALL["bit"], "suppression": Suppression(mixing=0.0)}, "for vision transformers and hybrids"),
+        ({"suppression": Suppression()}, "it needs augment.cutmix"),
+    ],
+)
+def test_losses_against_over_smoothing_are_refused_where_they_mean_nothing(changes: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Config("x", 3, **changes).check(1)
+
+
+def test_what_is_watched_is_what_the_model_made(tmp_path: Path) -> None:
+    model = cast(VisionTransformer, build(SMALL["vit"], 3)).train()
+    initialise(model, torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 32, 32)
+    for first in ("block", "embedding"):
+        watched = Watched(Suppression(first=first), with_heads(Config("x", 3, suppression=Suppression()), model))  # type: ignore[arg-type]
+        torch.manual_seed(5)
+        model(images)
+        seen = watched.tokens(images)
+        torch.manual_seed(5)
+        embedded, grid = model.embed(images)
+        wanted = model.blocks[0](embedded)[:, SMALL["vit"].prefix :] if first == "block" else model.patch_embed(images)  # type: ignore[union-attr]
+        assert torch.equal(seen.first, wanted) and seen.grid == grid == (4, 4)
+        torch.manual_seed(5)
+        assert torch.equal(seen.last, model.forward_features(images).patches)
+        model._forward_hooks.clear()

@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from pipeline.config import Augment, Config, Distillation
+from pipeline.config import Augment, Config, Distillation, Suppression
 from pipeline.data import mix
 from pipeline.insight.smoothing import similarities, spreads
 from pipeline.objectives import classify, distill, masked, patches
@@ -24,7 +24,6 @@ from pipeline.objectives.patches import (
     RELEASED,
     THIRD_VERSION,
     PatchHead,
-    Suppression,
     Tokens,
     aligned,
     contrastive_loss,
@@ -158,7 +157,7 @@ def loop_of_contrast(choices: Suppression, seen: Tokens) -> float:
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("grid", [(1, 2), (3, 4), (9, 5)])
 def test_every_contrastive_loss_equals_a_loop_over_patches(
-    negative: patches.Negative, normalised: bool, grid: tuple[int, int]
+    negative: str, normalised: bool, grid: tuple[int, int]
 ) -> None:
     choices, seen = Suppression(negative=negative, normalised=normalised), tokens(2, grid, 3)
     assert value(contrastive_loss(choices, seen)) == pytest.approx(loop_of_contrast(choices, seen), rel=1e-9)
@@ -167,7 +166,7 @@ def test_every_contrastive_loss_equals_a_loop_over_patches(
 @pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize("negative", ["others", "all", "neighbourhood"])
 def test_the_first_layer_learns_from_contrast_as_if_it_were_fixed_where_it_is_detached(
-    detached: bool, negative: patches.Negative
+    detached: bool, negative: str
 ) -> None:
     seen = tokens()
     contrastive_loss(Suppression(detached=detached, negative=negative), seen).backward()

@@ -10,59 +10,16 @@ or regions, d width, m labels a picture at the most, c classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, normalize
 
+from pipeline.config import Suppression
 from pipeline.objectives import classify
 
-Negative = Literal["others", "all", "neighbourhood"]
 _NEIGHBOURS = 7
-
-
-@dataclass(frozen=True)
-class Suppression:
-    """Which losses are added to that of the class token, and how they are read; a coefficient of 0 leaves one out."""
-
-    cosine: float = 1.0
-    """Coefficient of the patches' similarity to each other in the last layer."""
-    contrastive: float = 1.0
-    """Coefficient of telling a patch of the first layer its own place in the last."""
-    mixing: float = 1.0
-    """Coefficient of classifying each patch as the picture it came from."""
-    signed: bool = False
-    """Opposite patches count as less alike than orthogonal ones, rather than as alike."""
-    diagonal: bool = False
-    """A patch's similarity to itself, always 1, counts too."""
-    first: Literal["block", "embedding"] = "block"
-    """The first layer: what the first block gives, or the patch embeddings before positions are added."""
-    detached: bool = True
-    """No gradient flows into the first layer."""
-    normalised: bool = False
-    """Vectors of both layers have length 1 before they are contrasted."""
-    negative: Negative = "others"
-    """What a patch is told from: the others' mean, that of all with itself, or the others' and the neighbours'."""
-    head: Literal["own", "shared"] = "own"
-    """What classifies patches: a linear layer of its own, one for all places, or the head of the class token."""
-    dropout: float = 0.0
-    """Before a head of its own."""
-    unit: Literal["patches", "regions"] = "patches"
-    """What is classified: each patch, or the mean patch of each of the two pictures' regions, weighed by area."""
-    averaged: bool = False
-    """The class token counts as one patch among the others, in place of a sum of its loss and the patches' mean."""
-
-    def __post_init__(self) -> None:
-        for name in ("cosine", "contrastive", "mixing"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; a coefficient is at least 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it is a share, at least 0 and below 1")
-        if self.averaged and self.unit == "regions":
-            raise ValueError("averaged makes the class token one of the patches: it needs unit 'patches'")
-
 
 FIRST_VERSION = Suppression(signed=True, negative="all")
 """arXiv v1. Whether the first layer is detached is the code's word, not the paper's."""
@@ -199,7 +156,9 @@ def contrastive_loss(choices: Suppression, tokens: Tokens, weights: Tensor | Non
     return _mean((logits.logsumexp(0) - logits[0]).mean(1), weights)
 
 
-def _negatives(negative: Negative, last: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+def _negatives(
+    negative: Literal["others", "all", "neighbourhood"], last: Tensor, grid: tuple[int, int]
+) -> list[Tensor]:
     """What each patch is told from: (b, n, d), or for all patches the same (b, 1, d)."""
     count = last.shape[1]
     if negative == "all":

@@ -23,7 +23,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
-        images, labels, weights = to_device(batch, device, config.classes)
+        images, labels, weights = to_device(batch, device, config.classes)[:3]
         logits = model(images.to(dtype))
         value = loss(logits, labels, config.objective, config.smoothing, weights) * len(labels)
         sums += torch.stack([(correct(logits, labels) * weights).sum(), value, weights.sum()]).double()

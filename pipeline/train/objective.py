@@ -1,16 +1,23 @@
-"""What a step makes smaller: the loss of a batch, of a model alone or with a teacher."""
+"""What a step makes smaller: the loss of a batch, of a model alone, with a teacher, or against over-smoothing."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config import Config, Suppression
 from pipeline.data.loader import Batch
-from pipeline.data.mix import applied, normalised, targets
+from pipeline.data.mix import Draws, applied, normalised, targets
 from pipeline.models.build import build
-from pipeline.models.vit import TwoLogits
+from pipeline.models.vit import TwoLogits, VisionTransformer
 from pipeline.models.weights.exported import Exported, find
-from pipeline.objectives import classify, distill
+from pipeline.objectives import classify, distill, patches
+from pipeline.seed import number
 from pipeline.train.engine import Engine
+
+PATCH_HEAD = "patch_head"
+"""Under this name a model has the head that only training looks at."""
 
 
 class Objective:
@@ -19,17 +26,67 @@ class Objective:
     def __init__(self, config: Config, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.teacher = Teacher(config, engine.device, engine.dtype) if config.distillation.teacher else None
+        self.watched = Watched(config.suppression, engine.model) if config.suppression.wanted else None
 
     def __call__(self, batch: Batch) -> Tensor:
         config = self.config
-        images, shown, weights = to_device(batch, self.engine.device, config.classes)
-        outputs = self.engine.forward(images)
+        given = to_device(batch, self.engine.device, config.classes)
+        outputs = self.engine.forward(given.images)
         # A model with a distillation token answers twice; one without learns both from the same logits.
         ours, taught = outputs if isinstance(outputs, TwoLogits) else (outputs, outputs)
-        value = classify.loss(ours, shown, config.objective, config.smoothing, weights)
+        value = classify.loss(ours, given.shown, config.objective, config.smoothing, given.weights)
+        if self.watched is not None:
+            value = self._suppressed(self.watched, value, given)
         if self.teacher is None:
             return value
-        return distill.loss(config.distillation, value, taught, self.teacher(images), weights)
+        return distill.loss(config.distillation, value, taught, self.teacher(given.images), given.weights)
+
+    def _suppressed(self, watched: "Watched", value: Tensor, given: "Given") -> Tensor:
+        choices, config, seen = self.config.suppression, self.config, watched.tokens(given.images)
+        mixing = None
+        if choices.mixing:
+            assert given.draws is not None and given.draws.mixing is not None, "checked with the configuration"
+            own = patches.own_shares(*given.draws.mixing[:2], seen.grid, watched.model.config.stride)
+            compared = patches.mixed(choices, seen.last, given.labels, own, watched.head, config.classes)
+            mixing = patches.mixing_loss(compared, config.objective, config.smoothing, given.weights)
+        return patches.loss(choices, value, seen, mixing, given.weights)
+
+
+class Watched:
+    """The tokens of a vision transformer's first and last layer, kept of its last forward pass in training."""
+
+    def __init__(self, choices: Suppression, model: nn.Module) -> None:
+        assert isinstance(model, VisionTransformer), "checked with the configuration"
+        self.model, self._kept = model, dict[str, Tensor]()
+        first = model.blocks[0] if choices.first == "block" else model.patch_embed
+        first.register_forward_hook(self._keeper("first"))
+        model.norm.register_forward_hook(self._keeper("last"))
+        own: Any = getattr(model, PATCH_HEAD) if choices.mixing and choices.head == "own" else model.head
+        self.head: Callable[[Tensor], Tensor] = own
+
+    def tokens(self, images: Tensor) -> patches.Tokens:
+        """Of the patches alone, of the last forward pass, which was of these pictures; they are kept no longer."""
+        grid = self.model.config.grid_of(images.shape[-2], images.shape[-1])
+        count = grid[0] * grid[1]
+        return patches.Tokens(self._kept.pop("first")[:, -count:], self._kept.pop("last")[:, -count:], grid)
+
+    def _keeper(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep(module: nn.Module, given: Any, output: Tensor) -> None:
+            if module.training:
+                self._kept[name] = output
+
+        return keep
+
+
+def with_heads(config: Config, model: nn.Module) -> nn.Module:
+    """The model with what only training needs, whose weights are trained and kept, but not exported."""
+    chosen = config.suppression
+    if chosen.mixing and chosen.head == "own":
+        assert isinstance(model, VisionTransformer), "checked with the configuration"
+        head = patches.PatchHead(model.config.width, config.classes, chosen.dropout)
+        patches.initialise(head, torch.Generator().manual_seed(number("patch head", config.seed)))
+        model.add_module(PATCH_HEAD, head)
+    return model
 
 
 def teacher_of(config: Config) -> Exported:
@@ -57,17 +114,29 @@ class Teacher:
         return self.model(self.exported.scaled(images).to(self.dtype))
 
 
-def to_device(batch: Batch, device: torch.device, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (b, 3, s, s), normalised and mixed on the device, what they show, and their weights (b).
+class Given(NamedTuple):
+    """A batch on the device."""
 
-    What they show is labels (b, m), or where pictures were mixed the share of each class (b, c).
-    """
+    images: Tensor
+    """(b, 3, s, s), normalised and mixed."""
+    shown: Tensor
+    """What they show: labels (b, m), or where pictures were mixed the share of each class (b, c)."""
+    weights: Tensor
+    """(b)."""
+    labels: Tensor
+    """(b, m), as they were before mixing."""
+    draws: Draws | None
+
+
+def to_device(batch: Batch, device: torch.device, classes: int) -> Given:
+    """The batch, with all that is done to its pictures on the device."""
     images = normalised(batch.images.to(device, non_blocking=True))
     labels, weights = (each.to(device, non_blocking=True) for each in (batch.labels, batch.weights))
     if batch.draws is None:
-        return images, labels, weights
+        return Given(images, labels, weights, labels, None)
     draws = batch.draws.to(device, non_blocking=True)
+    images = applied(images, draws)
     if draws.mixing is None:
-        return applied(images, draws), labels, weights
+        return Given(images, labels, weights, labels, draws)
     pairs = weights.unflatten(0, (-1, 2)).prod(1, keepdim=True).expand(-1, 2).flatten()  # what is mixed with nothing
-    return applied(images, draws), targets(labels, draws, classes), pairs
+    return Given(images, targets(labels, draws, classes), pairs, labels, draws)

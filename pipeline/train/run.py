@@ -30,7 +30,7 @@ from pipeline.train.checkpoint import Checkpoints, complete
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import evaluate
 from pipeline.train.loop import train
-from pipeline.train.objective import Objective, teacher_of
+from pipeline.train.objective import PATCH_HEAD, Objective, teacher_of, with_heads
 from pipeline.world import World
 from shards.progress import Progress
 from shards.storage import Folder
@@ -134,7 +134,7 @@ def build(config: Config) -> nn.Module:
     model = build_model(config.model, config.classes)
     head_bias = HEAD_BIAS if config.objective == "sigmoid" else 0.0
     initialise(model, torch.Generator().manual_seed(number("weights", config.seed)), head_bias=head_bias)
-    return model
+    return with_heads(config, model)
 
 
 def work(job: Job, world: World, device: torch.device, say: Callable[[str], None]) -> None:
@@ -207,7 +207,7 @@ def finish_metrics(folder: Folder, uri: str) -> None:
 
 def export(folder: Folder, config: Config, weights: dict[str, Tensor], metrics: dict[str, Any]) -> None:
     """The model as others use it: safetensors, and a description that is written last."""
-    data = save(weights)
+    data = save({name: weight for name, weight in weights.items() if not name.startswith(f"{PATCH_HEAD}.")})
     place = folder / EXPORT
     place.write("model.safetensors", data)
     about = {
