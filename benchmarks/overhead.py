@@ -59,8 +59,8 @@ def bare(config: Config, batches: list[Batch]) -> Callable[[int], float]:
         for step in range(count):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, count)
-            images, labels = to_device(batches[step % len(batches)], CPU, config.classes)[:2]
-            value = loss(model(images), labels, config.objective, config.smoothing)
+            given = to_device(batches[step % len(batches)], CPU, config.classes)
+            value = loss(model(given.images), given.labels, "softmax", config.smoothing)
             value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
             optimizer.step()
@@ -85,8 +85,8 @@ def deepspeed(config: Config, batches: list[Batch]) -> Callable[[int], float]:
         for step in range(count):
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, count)
-            images, labels = to_device(batches[step % len(batches)], CPU, config.classes)[:2]
-            engine.backward(loss(engine(images), labels, config.objective, config.smoothing))
+            given = to_device(batches[step % len(batches)], CPU, config.classes)
+            engine.backward(loss(engine(given.images), given.labels, "softmax", config.smoothing))
             engine.step()
         return time.perf_counter() - began
 

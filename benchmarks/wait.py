@@ -125,10 +125,10 @@ def trainer(config: Config, device: torch.device) -> Callable[[Batch], Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(batch: Batch) -> Tensor:
-        images, labels, weights = to_device(batch, device, config.classes)[:3]
+        given = to_device(batch, device, config.classes)
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-            logits = model(images)
-        value = loss(logits, labels, "softmax", 0.0, weights)
+            logits = model(given.images)
+        value = loss(logits, given.labels, "softmax", 0.0, given.weights)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()

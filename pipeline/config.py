@@ -161,8 +161,9 @@ class Config:
     distillation: Distillation = field(default_factory=Distillation)
     suppression: Suppression = field(default_factory=lambda: Suppression(cosine=0.0, contrastive=0.0, mixing=0.0))
     optim: Optim = field(default_factory=Optim)
-    objective: Literal["sigmoid", "softmax"] = "sigmoid"
-    """Cross-entropy of each class for itself (ImageNet-21k), or of one class among all."""
+    objective: Literal["sigmoid", "softmax", "masked"] = "sigmoid"
+    """Cross-entropy of each class for itself (ImageNet-21k), or of one class among all; or, without labels, masked
+    patch prediction (Dosovitskiy et al. 2021, B.1.2)."""
     smoothing: float = 1e-4
     """Target of a wrong class (sigmoid), or the share given to all classes (softmax)."""
     duration: float = 90.0
@@ -236,6 +237,7 @@ class Config:
         self.model.check()
         self._check_distillation()
         self._check_suppression()
+        self._check_masked()
         self._check_feed()
 
     def _check_distillation(self) -> None:
@@ -252,6 +254,16 @@ class Config:
             raise ValueError("suppression is there for vision transformers and hybrids, whose tokens have one grid")
         if self.suppression.mixing and not self.augment.cutmix:
             raise ValueError("suppression.mixing classifies the patches of mixed pictures: it needs augment.cutmix")
+
+    def _check_masked(self) -> None:
+        if self.objective != "masked":
+            return
+        if type(self.model) is not Vit or self.model.representation or self.model.distillation:
+            raise ValueError(
+                "objective masked predicts the patches of a vision transformer without representation or distillation"
+            )
+        if self.pairs or self.augment.erase or self.distillation.teacher or self.suppression.wanted:
+            raise ValueError("objective masked goes without mixup, cutmix, erasing, a teacher and suppression")
 
     def _check_feed(self) -> None:
         least = {

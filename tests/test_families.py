@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from pipeline.architectures import Architecture, Bit, Cmt, Efficientnet, Hybrid, Maxvit, Vit, presets
@@ -19,6 +20,7 @@ from pipeline.models.memory import activation_numbers
 from pipeline.models.vit import VisionTransformer
 from pipeline.models.weights.exported import find, put
 from pipeline.objectives.patches import DIVERSE_VIT, RELEASED, THIRD_VERSION
+from pipeline.track import log
 from pipeline.train.objective import Watched, teacher_of, with_heads
 from pipeline.transfer.finetune import Trial, prepared
 from pipeline.transfer.protocols import Protocol
@@ -229,3 +231,43 @@ def test_what_is_watched_is_what_the_model_made(tmp_path: Path) -> None:
         torch.manual_seed(5)
         assert torch.equal(seen.last, model.forward_features(images).patches)
         model._forward_hooks.clear()
+
+
+@pytest.mark.slow
+def test_a_run_that_predicts_hidden_patches_ends_through_a_kill_as_if_nothing_had_happened(place: Path) -> None:
+    config = tiny.config(tiny.ShardSet(str(place / "set")))
+    changes = {"model": SMALL["vit"], "data": config.data, "augment": Augment(), "objective": "masked"}
+    quiet, killed = (
+        test_train.start(place, run, processes=2, kill_at=kill_at, dropout=None, **changes)[1]
+        for run, kill_at in (("hidden", None), ("hidden-killed", 10))
+    )
+    test_train.start(place, "hidden-killed", processes=2, dropout=None, **changes)
+    ours, theirs = (load_file(folder / "export" / "model.safetensors") for folder in (quiet, killed))
+    assert ours.keys() == theirs.keys() == build(SMALL["vit"], 0).state_dict().keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    losses = test_train.losses(place, log_of(place, "hidden"))
+    assert losses[-1] < losses[0], "colours of noise are about one in a few"
+    assert fine_tuned(quiet, "pretrained")(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+
+
+def log_of(place: Path, run: str) -> str:
+    """The id of the MLflow run of the folder of that name."""
+    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+    experiment = client.get_experiment_by_name(log.EXPERIMENT)
+    assert experiment
+    found = client.search_runs([experiment.experiment_id], f"tags.`vitscale.folder` = '{place / run}'")
+    return found[0].info.run_id
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": SMALL["hybrid"]},
+        {"model": replace(Vit(), representation=True)},
+        {"augment": Augment(mixup=0.2)},
+        {"distillation": Distillation(teacher="x")},
+    ],
+)
+def test_hidden_patches_are_not_predicted_where_nothing_could_tell_them(changes: dict) -> None:
+    with pytest.raises(ValueError, match="objective masked"):
+        Config("x", 3, objective="masked", **changes).check(1)

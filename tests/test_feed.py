@@ -64,8 +64,9 @@ def steps(
 
 def given(batches: list[Batch]) -> list[Tensor]:
     """What the model is given: pictures, what they show, weights, numbers."""
-    parts = [(*to_device(batch, CPU, classes=3)[:3], batch.samples) for batch in batches]
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
+    parts = [(to_device(batch, CPU, classes=3), batch.samples) for batch in batches]
+    columns = ((one.images, one.shown, one.weights, samples) for one, samples in parts)
+    return [torch.cat(column) for column in zip(*columns, strict=True)]
 
 
 def same(ours: list[Batch], theirs: list[Batch]) -> bool:
@@ -209,7 +210,7 @@ def test_a_run_fails_when_more_pictures_are_refused_than_its_limit(spoilt: Shard
 
 def test_a_picture_left_out_leaves_the_gradient_as_if_it_had_not_been_there(spoilt: ShardSet) -> None:
     for batch in Feed(Corpus([spoilt]), tiny.config(spoilt)).training(0, 4):
-        images, targets, weights = to_device(batch, CPU, classes=3)[:3]
+        _, images, targets, weights, *_ = to_device(batch, CPU, classes=3)
         head = torch.randn(3, images[0].numel(), generator=torch.Generator().manual_seed(0), requires_grad=True)
         loss(images.flatten(1) @ head.T, targets, "softmax", 0.1, weights).backward()
         found, head.grad = head.grad, None

@@ -50,6 +50,8 @@ class Batch:
     """Number of each picture in the corpus."""
     weights: Tensor
     """(n) 1, or 0 for what only fills the batch: at the end of an evaluation, or for a picture that cannot be used."""
+    epochs: Tensor
+    """(n) In which of its rounds each picture is; 0 in an evaluation."""
     draws: mix.Draws | None = None
     """What is still to be done to the pictures, on the device."""
     keys: tuple[str, ...] = ()
@@ -231,7 +233,8 @@ class Feed:
             for i, image in enumerate(images.numpy()):
                 change(image, changes, i)
         draws = mix.draw(augment, samples, picks.epoch, seed=seed, side=self.config.model.image_size)
-        return Batch(images, torch.from_numpy(rows.labels), torch.from_numpy(samples), weights, draws)
+        labels, epochs = torch.from_numpy(rows.labels), torch.from_numpy(picks.epoch)
+        return Batch(images, labels, torch.from_numpy(samples), weights, epochs, draws)
 
     def _encode(self, picks: Picks) -> Encoded:
         rows = self.reader.rows(picks)
@@ -251,7 +254,8 @@ class Feed:
             images[:count], weights[:count] = self._cut(picks, rows, crops, refuse=False)
             labels = np.pad(rows.labels, ((0, batch - count), (0, 0)), constant_values=-1)
             keys[:count] = self.corpus.keys(samples[:count])
-        return Batch(images, torch.from_numpy(labels), torch.from_numpy(samples), weights, keys=tuple(keys))
+        epochs = torch.zeros(batch, dtype=torch.int64)
+        return Batch(images, torch.from_numpy(labels), torch.from_numpy(samples), weights, epochs, keys=tuple(keys))
 
     def _cut(self, picks: Picks, rows: Rows, crops: Crops, *, refuse: bool) -> tuple[Tensor, Tensor]:
         """The crops, and the weight of each: 0, and no pixels, where a picture cannot be decoded and may be refused."""

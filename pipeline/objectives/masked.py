@@ -108,7 +108,10 @@ class MaskedPatches(nn.Module):
         All that is asked of a model: its patch embeddings (b, n, d), and `encode`, which takes such, adds positions
         and what else the model adds, and gives the patches' tokens (b, n, d) after the last norm.
         """
-        tokens = encode(self.corrupted(embedded, corruption))
+        return self.predicted(encode(self.corrupted(embedded, corruption)), corruption)
+
+    def predicted(self, tokens: Tensor, corruption: Corruption) -> Tensor:
+        """Logits of the colours (b, k, 512) of the corrupted patches, of the last tokens of all patches (b, n, d)."""
         place = corruption.place[:, :, None].expand(-1, -1, tokens.shape[2])
         return self.head(tokens.gather(1, place))
 

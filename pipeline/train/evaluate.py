@@ -19,14 +19,16 @@ def evaluate(
 
     Each process gives its share of the batches; `total` sums over the processes.
     """
+    assert config.objective != "masked", "which has no classes to be right about"
     training, dtype = model.training, next(model.parameters()).dtype
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
-        images, labels, weights = to_device(batch, device, config.classes)[:3]
-        logits = model(images.to(dtype))
-        value = loss(logits, labels, config.objective, config.smoothing, weights) * len(labels)
-        sums += torch.stack([(correct(logits, labels) * weights).sum(), value, weights.sum()]).double()
+        given = to_device(batch, device, config.classes)
+        logits = model(given.images.to(dtype))
+        value = loss(logits, given.labels, config.objective, config.smoothing, given.weights) * len(logits)
+        right = correct(logits, given.labels) * given.weights
+        sums += torch.stack([right.sum(), value, given.weights.sum()]).double()
     model.train(training)
     right, losses, count = total(sums).tolist()
     return {"accuracy": right / count, "loss": losses / count, "count": count}

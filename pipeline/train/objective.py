@@ -12,12 +12,12 @@ from pipeline.data.mix import Draws, applied, normalised, targets
 from pipeline.models.build import build
 from pipeline.models.vit import TwoLogits, VisionTransformer
 from pipeline.models.weights.exported import Exported, find
-from pipeline.objectives import classify, distill, patches
+from pipeline.objectives import classify, distill, masked, patches
 from pipeline.seed import number
 from pipeline.train.engine import Engine
 
-PATCH_HEAD = "patch_head"
-"""Under this name a model has the head that only training looks at."""
+PATCH_HEAD, MASKED = "patch_head", "masked"
+"""Under these names a model has what only training looks at."""
 
 
 class Objective:
@@ -27,10 +27,14 @@ class Objective:
         self.config, self.engine = config, engine
         self.teacher = Teacher(config, engine.device, engine.dtype) if config.distillation.teacher else None
         self.watched = Watched(config.suppression, engine.model) if config.suppression.wanted else None
+        self.hidden = Hidden(config, engine.model) if config.objective == "masked" else None
 
     def __call__(self, batch: Batch) -> Tensor:
         config = self.config
         given = to_device(batch, self.engine.device, config.classes)
+        if self.hidden is not None:
+            return self.hidden.loss(self.engine, batch, given)
+        assert config.objective != "masked"
         outputs = self.engine.forward(given.images)
         # A model with a distillation token answers twice; one without learns both from the same logits.
         ours, taught = outputs if isinstance(outputs, TwoLogits) else (outputs, outputs)
@@ -46,10 +50,43 @@ class Objective:
         mixing = None
         if choices.mixing:
             assert given.draws is not None and given.draws.mixing is not None, "checked with the configuration"
+            assert config.objective != "masked"
             own = patches.own_shares(*given.draws.mixing[:2], seen.grid, watched.model.config.stride)
             compared = patches.mixed(choices, seen.last, given.labels, own, watched.head, config.classes)
             mixing = patches.mixing_loss(compared, config.objective, config.smoothing, given.weights)
         return patches.loss(choices, value, seen, mixing, given.weights)
+
+
+class Hidden:
+    """Masked patch prediction, by a vision transformer that sees other patches than its pictures have."""
+
+    def __init__(self, config: Config, model: nn.Module) -> None:
+        assert isinstance(model, VisionTransformer), "checked with the configuration"
+        self.config, self.model = config, model
+        self.module: masked.MaskedPatches = getattr(model, MASKED)
+        self._corruption: masked.Corruption | None = None
+        self._last: Tensor | None = None
+        model.patch_embed.register_forward_hook(self._corrupt)
+        model.norm.register_forward_hook(self._keep)
+
+    def loss(self, engine: Engine, batch: Batch, given: "Given") -> Tensor:
+        """The mean loss over the corrupted patches of a batch."""
+        vit = self.model.config
+        rows, columns = vit.grid_of(given.images.shape[-2], given.images.shape[-1])
+        drawn = masked.draw(batch.samples.numpy(), batch.epochs.numpy(), rows * columns, seed=self.config.seed)
+        corruption = self._corruption = drawn.to(given.images.device, non_blocking=True)
+        engine.forward(given.images)
+        assert self._last is not None
+        logits = self.module.predicted(self._last[:, -rows * columns :], corruption)
+        self._corruption = self._last = None
+        return masked.loss(logits, masked.mean_colours(given.pixels, vit.patch), corruption, given.weights)
+
+    def _corrupt(self, module: nn.Module, given: Any, embedded: Tensor) -> Tensor:
+        return embedded if self._corruption is None else self.module.corrupted(embedded, self._corruption)
+
+    def _keep(self, module: nn.Module, given: Any, tokens: Tensor) -> None:
+        if self._corruption is not None:
+            self._last = tokens
 
 
 class Watched:
@@ -81,6 +118,11 @@ class Watched:
 def with_heads(config: Config, model: nn.Module) -> nn.Module:
     """The model with what only training needs, whose weights are trained and kept, but not exported."""
     chosen = config.suppression
+    if config.objective == "masked":
+        assert isinstance(model, VisionTransformer), "checked with the configuration"
+        module = masked.MaskedPatches(model.config.width)
+        masked.initialise(module, torch.Generator().manual_seed(number("masked patches", config.seed)))
+        model.add_module(MASKED, module)
     if chosen.mixing and chosen.head == "own":
         assert isinstance(model, VisionTransformer), "checked with the configuration"
         head = patches.PatchHead(model.config.width, config.classes, chosen.dropout)
@@ -117,6 +159,8 @@ class Teacher:
 class Given(NamedTuple):
     """A batch on the device."""
 
+    pixels: Tensor
+    """(b, s, s, 3) uint8, as they came."""
     images: Tensor
     """(b, 3, s, s), normalised and mixed."""
     shown: Tensor
@@ -130,13 +174,14 @@ class Given(NamedTuple):
 
 def to_device(batch: Batch, device: torch.device, classes: int) -> Given:
     """The batch, with all that is done to its pictures on the device."""
-    images = normalised(batch.images.to(device, non_blocking=True))
+    pixels = batch.images.to(device, non_blocking=True)
+    images = normalised(pixels)
     labels, weights = (each.to(device, non_blocking=True) for each in (batch.labels, batch.weights))
     if batch.draws is None:
-        return Given(images, labels, weights, labels, None)
+        return Given(pixels, images, labels, weights, labels, None)
     draws = batch.draws.to(device, non_blocking=True)
     images = applied(images, draws)
     if draws.mixing is None:
-        return Given(images, labels, weights, labels, draws)
+        return Given(pixels, images, labels, weights, labels, draws)
     pairs = weights.unflatten(0, (-1, 2)).prod(1, keepdim=True).expand(-1, 2).flatten()  # what is mixed with nothing
-    return Given(images, targets(labels, draws, classes), pairs, labels, draws)
+    return Given(pixels, images, targets(labels, draws, classes), pairs, labels, draws)

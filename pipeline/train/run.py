@@ -30,7 +30,7 @@ from pipeline.train.checkpoint import Checkpoints, complete
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import evaluate
 from pipeline.train.loop import train
-from pipeline.train.objective import PATCH_HEAD, Objective, teacher_of, with_heads
+from pipeline.train.objective import MASKED, PATCH_HEAD, Objective, teacher_of, with_heads
 from pipeline.world import World
 from shards.progress import Progress
 from shards.storage import Folder
@@ -129,9 +129,14 @@ def finished(folder: Folder) -> dict[str, Any] | None:
         return None
 
 
+def classes_of(config: Config) -> int:
+    """Classes of the model's head; 0, and no head, where the objective has no classes."""
+    return 0 if config.objective == "masked" else config.classes
+
+
 def build(config: Config) -> nn.Module:
     """The run's model with its initial weights, the same on every process."""
-    model = build_model(config.model, config.classes)
+    model = build_model(config.model, classes_of(config))
     head_bias = HEAD_BIAS if config.objective == "sigmoid" else 0.0
     initialise(model, torch.Generator().manual_seed(number("weights", config.seed)), head_bias=head_bias)
     return with_heads(config, model)
@@ -160,7 +165,7 @@ def work(job: Job, world: World, device: torch.device, say: Callable[[str], None
     def validate(done: int) -> None:
         meter.emit(done)
         engine.average_buffers()
-        if test:
+        if test and config.objective != "masked":
             batches = test.evaluation(config.micro(world.size))
             meter.validated(done, evaluate(engine.model, batches, config, device, engine.sum))
 
@@ -207,7 +212,8 @@ def finish_metrics(folder: Folder, uri: str) -> None:
 
 def export(folder: Folder, config: Config, weights: dict[str, Tensor], metrics: dict[str, Any]) -> None:
     """The model as others use it: safetensors, and a description that is written last."""
-    data = save({name: weight for name, weight in weights.items() if not name.startswith(f"{PATCH_HEAD}.")})
+    aside = (f"{PATCH_HEAD}.", f"{MASKED}.")
+    data = save({name: weight for name, weight in weights.items() if not name.startswith(aside)})
     place = folder / EXPORT
     place.write("model.safetensors", data)
     about = {
@@ -215,7 +221,7 @@ def export(folder: Folder, config: Config, weights: dict[str, Tensor], metrics: 
         "digest": sha256(data).hexdigest(),
         "architecture": family(config.model),
         "model": asdict(config.model),
-        "classes": config.classes,
+        "classes": classes_of(config),
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
         "metrics": metrics,
