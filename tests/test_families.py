@@ -11,12 +11,13 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
+from pipeline import experiments
 from pipeline.architectures import Architecture, Bit, Cmt, Efficientnet, Hybrid, Maxvit, Vit, presets
 from pipeline.config import Augment, Config, Distillation, Suppression, differences, from_dict, to_dict
 from pipeline.models import flops
 from pipeline.models.build import build, initialise
 from pipeline.models.kept import kept_bytes
-from pipeline.models.memory import activation_numbers
+from pipeline.models.memory import activation_numbers, memory
 from pipeline.models.vit import VisionTransformer
 from pipeline.models.weights.exported import find, put
 from pipeline.objectives.patches import DIVERSE_VIT, RELEASED, THIRD_VERSION
@@ -55,6 +56,15 @@ def test_every_preset_builds_and_has_the_parameters_that_are_counted(name: str) 
 def test_every_preset_is_itself_when_it_has_been_written_down(name: str) -> None:
     config = Config(name="x", classes=10, model=presets()[name])
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("name", experiments.known())
+def test_the_model_of_every_experiment_builds_and_fits_a_gpu_of_80_gigabytes(name: str) -> None:
+    config = experiments.load(name)
+    with torch.device("meta"):
+        model = build(config.model, config.classes)
+    assert sum(parameter.numel() for parameter in model.parameters()) == flops.parameters(config.model, config.classes)
+    assert memory(config, 8).total < 80e9
 
 
 def test_a_family_that_there_is_not_is_named() -> None:
