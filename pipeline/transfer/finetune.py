@@ -20,6 +20,7 @@ from pipeline.architectures import Vit
 from pipeline.config import Optim
 from pipeline.data.image import Crops, central_crops, cut, placed_crops
 from pipeline.models.build import build, initialise
+from pipeline.models.vit import TwoLogits
 from pipeline.models.weights.exported import Exported
 from pipeline.models.weights.exported import find as find_model
 from pipeline.models.weights.fit import take
@@ -100,7 +101,7 @@ def prepared(start: Exported, trial: Trial, classes: int) -> nn.Module:
     """The model to fine-tune: the pretraining's head, with its tanh layer if it has one, is replaced by zeros."""
     config = start.config
     if isinstance(config, Vit):  # or a hybrid
-        config = replace(config, representation=False, distillation=False)
+        config = replace(config, representation=False)
     model = build(config, classes)
     initialise(model, torch.Generator().manual_seed(number("scratch", trial.seed)))
     if trial.start == "pretrained":
@@ -122,6 +123,8 @@ def finetune(model: nn.Module, training: Pictures, trial: Trial, start: Exported
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, step, protocol.steps)
         logits = model(start.scaled(_normalised(images, device)))
+        if isinstance(logits, TwoLogits):  # without a teacher both tokens learn the labels, as they are read: together
+            logits = (logits.labels + logits.teacher) / 2
         loss = cross_entropy(logits, torch.from_numpy(training.labels[chosen]).to(device))
         optimizer.zero_grad()
         loss.backward()
