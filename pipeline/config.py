@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from pipeline.architectures import FAMILIES, Architecture, Vit, family
+from pipeline.architectures import FAMILIES, Architecture, Cmt, Maxvit, Vit, family
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,14 @@ class Config:
             raise ValueError("a model with a distillation token needs distillation.teacher, or model.distillation off")
 
     def _check_suppression(self) -> None:
-        if self.suppression.wanted and not isinstance(self.model, Vit):
-            raise ValueError("suppression is there for vision transformers and hybrids, whose tokens have one grid")
+        chosen = self.suppression
+        if chosen.wanted and not isinstance(self.model, Vit | Cmt | Maxvit):
+            raise ValueError("suppression moves tokens apart: it is there for transformers, not for convolutions alone")
+        if chosen.wanted and not isinstance(self.model, Vit) and (chosen.contrastive or chosen.head == "shared"):
+            raise ValueError(
+                "a pyramid's first layer and its head know other tokens than its last stage has: "
+                "suppression.contrastive has to be 0, and suppression.head own"
+            )
         if self.suppression.mixing and not self.augment.cutmix:
             raise ValueError("suppression.mixing classifies the patches of mixed pictures: it needs augment.cutmix")
 

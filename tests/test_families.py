@@ -216,7 +216,12 @@ OFF = Suppression(cosine=0.0, contrastive=0.0, mixing=0.0)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": SMALL["bit"], "suppression": Suppression(mixing=0.0)}, "for vision transformers and hybrids"),
+        ({"model": SMALL["bit"], "suppression": Suppression(mixing=0.0)}, "there for transformers, not"),
+        ({"model": SMALL["cmt"], "suppression": Suppression(mixing=0.0)}, r"suppression\.contrastive has to be 0"),
+        (
+            {"model": SMALL["maxvit"], "suppression": Suppression(contrastive=0.0, head="shared")},
+            "and suppression.head",
+        ),
         ({"suppression": Suppression()}, "it needs augment.cutmix"),
     ],
 )
@@ -281,3 +286,31 @@ def log_of(place: Path, run: str) -> str:
 def test_hidden_patches_are_not_predicted_where_nothing_could_tell_them(changes: dict) -> None:
     with pytest.raises(ValueError, match="objective masked"):
         Config("x", 3, objective="masked", **changes).check(1)
+
+
+@pytest.mark.parametrize("name", ["cmt", "maxvit"])
+def test_what_is_watched_of_a_pyramid_is_its_last_stage(name: str) -> None:
+    model = build(SMALL[name], 3).train()
+    choices = Suppression(contrastive=0.0)
+    watched = Watched(choices, with_heads(Config("x", 3, model=SMALL[name], suppression=choices), model))
+    images = torch.rand(4, 3, 32, 32)
+    torch.manual_seed(5)
+    model(images)
+    seen = watched.tokens(images)
+    torch.manual_seed(5)
+    features = model.forward_features(images)  # type: ignore[operator]
+    assert torch.equal(seen.last, features.tokens) and seen.grid == features.grid
+    assert watched.stride * seen.grid[0] == 32
+
+
+@pytest.mark.slow
+def test_a_pyramid_is_trained_against_over_smoothing(place: Path) -> None:
+    config = tiny.config(tiny.ShardSet(str(place / "set")))
+    changes = {"model": SMALL["maxvit"], "data": config.data, "augment": Augment(cutmix=1.0)}
+    asked, plain = (
+        load_file(folder / "export" / "model.safetensors")
+        for run, one in (("pyramid", Suppression(contrastive=0.0)), ("pyramid-plain", OFF))
+        for folder in [test_train.start(place, run, processes=1, dropout=None, suppression=one, **changes)[1]]
+    )
+    assert asked.keys() == plain.keys() == build(SMALL["maxvit"], 3).state_dict().keys()
+    assert any(not torch.equal(asked[key], plain[key]) for key in asked)

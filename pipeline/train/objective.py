@@ -6,16 +6,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.architectures import Cmt, Vit
 from pipeline.config import Config, Suppression
 from pipeline.data.loader import Batch
 from pipeline.data.mix import Draws, applied, normalised, targets
 from pipeline.models.build import build
+from pipeline.models.cmt import ConvolutionalTransformer
+from pipeline.models.maxvit import MultiAxisVisionTransformer
 from pipeline.models.vit import TwoLogits, VisionTransformer
 from pipeline.models.weights.exported import Exported, find
 from pipeline.objectives import classify, distill, masked, patches
 from pipeline.seed import number
 from pipeline.train.engine import Engine
 
+PYRAMIDS = (ConvolutionalTransformer, MultiAxisVisionTransformer)
 PATCH_HEAD, MASKED = "patch_head", "masked"
 """Under these names a model has what only training looks at."""
 
@@ -51,7 +55,7 @@ class Objective:
         if choices.mixing:
             assert given.draws is not None and given.draws.mixing is not None, "checked with the configuration"
             assert config.objective != "masked"
-            own = patches.own_shares(*given.draws.mixing[:2], seen.grid, watched.model.config.stride)
+            own = patches.own_shares(*given.draws.mixing[:2], seen.grid, watched.stride)
             compared = patches.mixed(choices, seen.last, given.labels, own, watched.head, config.classes)
             mixing = patches.mixing_loss(compared, config.objective, config.smoothing, given.weights)
         return patches.loss(choices, value, seen, mixing, given.weights)
@@ -90,22 +94,38 @@ class Hidden:
 
 
 class Watched:
-    """The tokens of a vision transformer's first and last layer, kept of its last forward pass in training."""
+    """The patches' tokens of a model's first and last layer, kept of its last forward pass in training.
+
+    Of a pyramid, those of the last stage, for both: its first layer has another grid.
+    """
 
     def __init__(self, choices: Suppression, model: nn.Module) -> None:
-        assert isinstance(model, VisionTransformer), "checked with the configuration"
         self.model, self._kept = model, dict[str, Tensor]()
-        first = model.blocks[0] if choices.first == "block" else model.patch_embed
-        first.register_forward_hook(self._keeper("first"))
-        model.norm.register_forward_hook(self._keeper("last"))
+        if isinstance(model, VisionTransformer):
+            first = model.blocks[0] if choices.first == "block" else model.patch_embed
+            first.register_forward_hook(self._keeper("first"))
+            model.norm.register_forward_hook(self._keeper("last"))
+        else:
+            assert isinstance(model, PYRAMIDS), "checked with the configuration"
+            model.blocks[-1].register_forward_hook(self._keeper("last"))
         own: Any = getattr(model, PATCH_HEAD) if choices.mixing and choices.head == "own" else model.head
         self.head: Callable[[Tensor], Tensor] = own
 
     def tokens(self, images: Tensor) -> patches.Tokens:
         """Of the patches alone, of the last forward pass, which was of these pictures; they are kept no longer."""
-        grid = self.model.config.grid_of(images.shape[-2], images.shape[-1])
-        count = grid[0] * grid[1]
-        return patches.Tokens(self._kept.pop("first")[:, -count:], self._kept.pop("last")[:, -count:], grid)
+        last = self._kept.pop("last")
+        if isinstance(self.model, VisionTransformer):
+            grid = self.model.config.grid_of(images.shape[-2], images.shape[-1])
+            count = grid[0] * grid[1]
+            return patches.Tokens(self._kept.pop("first")[:, -count:], last[:, -count:], grid)
+        tokens = last.flatten(2).transpose(1, 2)  # b d y x to b n d
+        return patches.Tokens(tokens, tokens, (last.shape[2], last.shape[3]))
+
+    @property
+    def stride(self) -> int:
+        """Pixels along the side of one token."""
+        config: Any = self.model.config
+        return config.stages[-1].stride if isinstance(config, Cmt) else config.stride
 
     def _keeper(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def keep(module: nn.Module, given: Any, output: Tensor) -> None:
@@ -124,8 +144,8 @@ def with_heads(config: Config, model: nn.Module) -> nn.Module:
         masked.initialise(module, torch.Generator().manual_seed(number("masked patches", config.seed)))
         model.add_module(MASKED, module)
     if chosen.mixing and chosen.head == "own":
-        assert isinstance(model, VisionTransformer), "checked with the configuration"
-        head = patches.PatchHead(model.config.width, config.classes, chosen.dropout)
+        width = config.model.width if isinstance(config.model, Vit) else config.model.widths[-1]  # type: ignore[union-attr]
+        head = patches.PatchHead(width, config.classes, chosen.dropout)
         patches.initialise(head, torch.Generator().manual_seed(number("patch head", config.seed)))
         model.add_module(PATCH_HEAD, head)
     return model
