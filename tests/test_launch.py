@@ -242,7 +242,7 @@ def test_every_mistake_is_answered_by_a_line_before_a_machine_is_asked_for(
     (tmp_path / "unfinished" / "manifest.json").unlink()
     (tmp_path / "short" / "000002.tar").unlink()
     mistakes: list[tuple[list[str], str]] = [
-        (["vit_b17_in21k"], r"no experiment 'vit_b17_in21k'; there are: demo, vit_b16_in21k"),
+        (["vit_b17_in21k"], r"no experiment 'vit_b17_in21k'; there are: bit_r50x1_in21k, .*demo, .*vit_b16_in21k"),
         ([*words(place, "a"), "--optim.lrr=3"], r"no option --optim.lrr=3 in optim; there are: --optim.lr,"),
         (words(place, "a", batch="many"), r"batch.*many"),
         (words(place, "a", zero=7), r"'7'.*--zero"),
