@@ -21,6 +21,7 @@ from pipeline.models.standardised import standardise
 from pipeline.models.vit import PatchEmbed, VisionTransformer, lecun
 
 GROUPS = 32
+_TINY = 1e-20  # beside a variance: keeps a filter of equal weights from 0 / 0, and changes no other
 
 
 def standardised(weight: Tensor, how: Literal["deviation", "variance"]) -> Tensor:
@@ -31,8 +32,9 @@ def standardised(weight: Tensor, how: Literal["deviation", "variance"]) -> Tenso
     if how == "variance":
         return standardise(weight, 1e-8)
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    variance, mean = torch.var_mean(exact, dim=(1, 2, 3), correction=0, keepdim=True)  # o 1 1 1
-    return ((exact - mean) / (variance.sqrt() + 1e-5)).to(weight.dtype)
+    deviation = torch.var(exact, dim=(1, 2, 3), correction=0, keepdim=True).sqrt()  # o 1 1 1
+    # One fused pass divides by the deviation; what is left is a number for each filter.
+    return (standardise(exact, _TINY) * (deviation / (deviation + 1e-5))).to(weight.dtype)
 
 
 class Convolution(nn.Conv2d):
