@@ -11,6 +11,13 @@ from shards.chance import mixed, number
 _TURNS = 4
 
 
+def keys(purpose: str, seed: int, epoch: NDArray[np.int64], sample: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """What decides each picture's chance for a purpose: a key for each of n epochs and samples, by itself alone."""
+    epochs, which = np.unique(epoch, return_inverse=True)
+    base = np.array([number(purpose, seed, one) for one in epochs.tolist()], np.uint64)
+    return base[which] ^ sample.astype(np.uint64)
+
+
 def uniform(key: ArrayLike, counter: ArrayLike) -> NDArray[np.float64]:
     """A number in [0, 1) with 53 random bits for each pair of `key` and `counter`."""
     return (mixed(key, counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -50,4 +57,4 @@ def _round_trip(
     return row * columns + column
 
 
-__all__ = ["mixed", "number", "permutation", "shuffled", "uniform"]
+__all__ = ["keys", "mixed", "number", "permutation", "shuffled", "uniform"]

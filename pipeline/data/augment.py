@@ -24,7 +24,7 @@ from PIL import Image
 
 from pipeline.config import Augment
 from pipeline.data.image import Pixels
-from pipeline.seed import number, uniform
+from pipeline.seed import keys, uniform
 
 Floats = NDArray[np.float64]
 Row = tuple[float | np.float32, float | np.float32, float | np.float32]
@@ -112,9 +112,8 @@ def _check(augment: Augment) -> None:
 
 
 def _draws(sample: NDArray[np.int64], epoch: NDArray[np.int64], seed: int, layers: int) -> Floats:
-    base = {one: number("augment", seed, one) for one in np.unique(epoch).tolist()}
-    keys = np.array([base[one] for one in epoch.tolist()], np.uint64) ^ sample.astype(np.uint64)
-    return uniform(keys[:, None, None], np.arange(layers * _DRAWS).reshape(layers, _DRAWS))  # n, l, draws
+    counters = np.arange(layers * _DRAWS).reshape(layers, _DRAWS)
+    return uniform(keys("augment", seed, epoch, sample)[:, None, None], counters)  # n, l, draws
 
 
 def _normal(first: Floats, second: Floats) -> Floats:

@@ -12,7 +12,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.seed import number, uniform
+from pipeline.seed import keys, uniform
 
 Pixels = NDArray[np.uint8]
 
@@ -45,8 +45,7 @@ def random_crops(
     A share of the area drawn uniformly from `area` to 1, an aspect ratio drawn from 3/4 to 4/3 on a logarithmic
     scale, and a uniform place; the first of ten draws that fits, or the whole picture.
     """
-    keys = _keys("crop", seed, epoch, sample)
-    draws = uniform(keys[:, None], np.arange(4 * _ATTEMPTS + 1))  # n, 41
+    draws = uniform(keys("crop", seed, epoch, sample)[:, None], np.arange(4 * _ATTEMPTS + 1))  # n, 41
     share, shape, x, y = draws[:, 1:].reshape(-1, _ATTEMPTS, 4).transpose(2, 0, 1)  # n, attempts each
     kept = (area + share * (1 - area)) * (width * height)[:, None]
     ratio = np.exp(np.log(_RATIO[0]) + shape * (np.log(_RATIO[1]) - np.log(_RATIO[0])))
@@ -75,16 +74,11 @@ def placed_crops(
 
     The same as scaling a picture to 1 / share of the wanted size and cutting that out of it (BiT, appendix F).
     """
-    draws = uniform(_keys("place", seed, epoch, sample)[:, None], np.arange(3))  # n, 3
+    draws = uniform(keys("place", seed, epoch, sample)[:, None], np.arange(3))  # n, 3
     w, h = (np.maximum(1, np.rint(side * share)).astype(np.int64) for side in (width, height))
     left = (draws[:, 1] * (width - w + 1)).astype(np.int64)
     top = (draws[:, 2] * (height - h + 1)).astype(np.int64)
     return Crops(left, top, w, h, (draws[:, 0] < 0.5) & flip)
-
-
-def _keys(purpose: str, seed: int, epoch: NDArray[np.int64], sample: NDArray[np.int64]) -> NDArray[np.uint64]:
-    base = {one: number(purpose, seed, one) for one in np.unique(epoch).tolist()}
-    return np.array([base[one] for one in epoch.tolist()], np.uint64) ^ sample.astype(np.uint64)
 
 
 def central_crops(width: NDArray[np.int64], height: NDArray[np.int64], *, share: float) -> Crops:

@@ -110,10 +110,6 @@ class Feed:
         self._waited, self._read, self._counting = 0.0, 0, Lock()
         self._ahead_of: Ahead | None = None
 
-    def order(self) -> Order | Mixture:
-        """The order in which training goes through the corpus; ValueError where the lanes do not fit."""
-        return order_of(self.corpus, self.config)
-
     def training(self, start: int, steps: int) -> Iterator[Batch]:
         """The micro-batches of this process from step `start` to `steps`, pass by pass."""
         return self._of_steps(self._train, start, steps)
@@ -147,7 +143,7 @@ class Feed:
 
     def _of_steps(self, make: Callable[[Picks], Made], start: int, steps: int) -> Iterator[Made]:
         config, data = self.config, self.config.data
-        order, lanes = self.order(), self.world.share(data.lanes)
+        order, lanes = order_of(self.corpus, config), self.world.share(data.lanes)
         each, micro, share = config.batch // data.lanes, config.micro(self.world.size), config.batch // self.world.size
         begin = lanes.start * each
         ahead = self._prepare_ahead(order, lanes, start * each)

@@ -18,7 +18,8 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from pipeline.config import Augment
-from pipeline.seed import mixed, number, uniform
+from pipeline.seed import keys as seed_keys
+from pipeline.seed import mixed, uniform
 
 _ATTEMPTS = 10
 _AREA = (0.02, 1 / 3)
@@ -84,8 +85,8 @@ def draw(
     if not wants_mixing and augment.erase <= 0:
         return None
     assert not wants_mixing or len(sample) % 2 == 0, f"{len(sample)} pictures are not pairs"
-    mixing = _mixing(augment, _keys("mix", seed, epoch[::2], sample[::2]), side) if wants_mixing else None
-    return Draws(mixing, _erasing(augment.erase, _keys("erase", seed, epoch, sample), side))
+    mixing = _mixing(augment, seed_keys("mix", seed, epoch[::2], sample[::2]), side) if wants_mixing else None
+    return Draws(mixing, _erasing(augment.erase, seed_keys("erase", seed, epoch, sample), side))
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -119,12 +120,6 @@ def targets(labels: Tensor, draws: Draws | None, classes: int) -> Tensor:
     if draws is None or draws.mixing is None:
         return hot
     return _weighed(hot, draws.mixing.share[:, None, None])
-
-
-def _keys(purpose: str, seed: int, epoch: NDArray[np.int64], sample: NDArray[np.int64]) -> NDArray[np.uint64]:
-    epochs, which = np.unique(epoch, return_inverse=True)
-    base = np.array([number(purpose, seed, one) for one in epochs.tolist()], np.uint64)
-    return base[which] ^ sample.astype(np.uint64)
 
 
 def _mixing(augment: Augment, keys: NDArray[np.uint64], side: int) -> Mixing:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.seed import mixed, number, uniform
+from pipeline.seed import keys, mixed, uniform
 
 COLOURS = 512
 CORRUPTED = 0.5
@@ -56,21 +56,15 @@ def draw(
     count = int(patches * share)
     if not 0 < count < patches:
         raise ValueError(f"{share:g} of {patches} patches are {count}: some have to be corrupted and some to be left")
-    keys = _keys(seed, epoch, sample)[:, None]  # b 1
-    order = np.argsort(mixed(keys, _PLACE + np.arange(patches)), axis=1, kind="stable")
+    key = keys("mask", seed, epoch, sample)[:, None]  # b 1
+    order = np.argsort(mixed(key, _PLACE + np.arange(patches)), axis=1, kind="stable")
     place = np.sort(order[:, :count], axis=1)
-    kind = uniform(keys, _KIND + place)
-    other = (uniform(keys, _SOURCE + place) * (patches - 1)).astype(np.int64)
+    kind = uniform(key, _KIND + place)
+    other = (uniform(key, _SOURCE + place) * (patches - 1)).astype(np.int64)
     other += other >= place
     exchanged = (kind >= MASKED) & (kind < MASKED + EXCHANGED)
     source = np.where(exchanged, other, place)
     return Corruption(torch.from_numpy(place), torch.from_numpy(kind < MASKED), torch.from_numpy(source))
-
-
-def _keys(seed: int, epoch: NDArray[np.int64], sample: NDArray[np.int64]) -> NDArray[np.uint64]:
-    epochs, which = np.unique(epoch, return_inverse=True)
-    base = np.array([number("mask", seed, one) for one in epochs.tolist()], np.uint64)
-    return base[which] ^ sample.astype(np.uint64)
 
 
 def mean_colours(images: Tensor, patch: int) -> Tensor:
