@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, linear, scaled_dot_product_attention, silu
 
 from pipeline.architectures.cmt import Cmt, Stage
+from pipeline.models.depth import StochasticDepth
 from pipeline.models.features import Features
 
 EPSILON = 1e-6
@@ -42,21 +43,6 @@ class Pointwise(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(b, width before, y, x) to (b, d, y, x)."""
         return linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
-class StochasticDepth(nn.Module):
-    """In training, zeros for a share of the pictures; the others are scaled up by as much (Huang et al. 2016)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, ...) to (b, ...)."""
-        if not self.training or self.rate == 0:
-            return x
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1))
-        return x * kept.bernoulli_(1 - self.rate).div_(1 - self.rate)
 
 
 class PatchEmbed(nn.Module):

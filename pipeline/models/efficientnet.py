@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from pipeline.architectures.efficientnet import SQUEEZE, Efficientnet, Stage
+from pipeline.models.depth import StochasticDepth
 from pipeline.models.features import Features
 
 MOMENTUM = 0.01  # TensorFlow's 0.99 is what is kept
@@ -45,24 +46,6 @@ class SqueezeExcite(nn.Module):
         """(b, d, h, w) to (b, d, h, w)."""
         mean = x.mean((2, 3), keepdim=True)  # b d 1 1
         return x * self.conv_expand(silu(self.conv_reduce(mean))).sigmoid()
-
-
-class StochasticDepth(nn.Module):
-    """In training, leaves a block out for so large a share of the pictures, and scales it up for the others.
-
-    As Huang et al. 2016; the mean over what is drawn does not change.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, d, h, w) to (b, d, h, w)."""
-        if not (self.training and self.rate):
-            return x
-        kept = torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
-        return x * (kept / (1 - self.rate))
 
 
 class Separable(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, gelu, interpolate, pad, scaled_dot_product_attention, silu
 
 from pipeline.architectures.maxvit import EXPANSION, HEAD_WIDTH, SQUEEZE, Maxvit
+from pipeline.models.depth import StochasticDepth
 from pipeline.models.features import Features
 
 _activation = partial(gelu, approximate="tanh")
@@ -55,21 +56,6 @@ def from_grids(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
-
-
-class StochasticDepth(nn.Module):
-    """In training, a share `rate` of the pictures skips a branch (Huang et al. 2016)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, ...) to (b, ...); what stays is scaled so that the mean does not change."""
-        if not self.training or not self.rate:
-            return x
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * kept.div_(1 - self.rate)
 
 
 def _halve(convolution: nn.Conv2d, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention
 
 from pipeline.architectures.vit import Vit
+from pipeline.models.depth import StochasticDepth
 from pipeline.models.features import Features
 
 Grid = tuple[int, int]
@@ -42,21 +43,6 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(b, 3, p, q) to (b, n, d), row by row."""
         return self.proj(images).flatten(2).transpose(1, 2)
-
-
-class StochasticDepth(nn.Module):
-    """In training a share of pictures skips a branch; the others' are scaled up (Huang et al. 2016)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, t, d) to (b, t, d); which pictures are left out is drawn as a dropout's mask is."""
-        if not self.training or self.rate == 0:
-            return x
-        kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate)
-        return x * kept.div_(1 - self.rate)
 
 
 class Attention(nn.Module):
