@@ -114,28 +114,29 @@ class Engine:
 
     def buffers(self) -> dict[str, Tensor]:
         """What the model keeps beside its weights, such as running means, on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self.model.named_buffers() if name in self._kept}
+        return {name: value.detach().cpu().clone() for name, value in self._kept.items()}
 
     @property
-    def _kept(self) -> set[str]:
-        """Names of the buffers that belong to the state of the model."""
-        return {name for name, _ in self.model.named_buffers()} & self.model.state_dict().keys()
+    def _kept(self) -> dict[str, Tensor]:
+        """The buffers that belong to the state of the model, by name."""
+        state = self.model.state_dict().keys()
+        return {name: value for name, value in self.model.named_buffers() if name in state}
 
     def load_buffers(self, values: dict[str, Tensor]) -> None:
         """Take what `buffers` gave; ValueError where it is another model's."""
-        if values.keys() != self._kept:
-            raise ValueError(f"the checkpoint has other buffers than the model: {sorted(values.keys() ^ self._kept)}")
-        for name, value in self.model.named_buffers():
-            if name in values:
-                value.copy_(values[name])
+        kept = self._kept
+        if values.keys() != kept.keys():
+            raise ValueError(f"the checkpoint has other buffers than the model: {sorted(values.keys() ^ kept.keys())}")
+        for name, value in kept.items():
+            value.copy_(values[name])
 
     def average_buffers(self) -> None:
         """Give every process the mean of all processes' running means and variances; every process has to call.
 
         Each normalises by its own pictures in between.
         """
-        for name, value in self.model.named_buffers():
-            if self.world.size > 1 and name in self._kept and value.is_floating_point():
+        for value in self._kept.values() if self.world.size > 1 else ():
+            if value.is_floating_point():
                 value.copy_(self.mean(value.float()))
 
     def weights(self) -> dict[str, Tensor]:

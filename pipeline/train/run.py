@@ -4,16 +4,13 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipeline import code
-from pipeline.architectures import family
 from pipeline.config import Config, differences, from_dict, to_dict
 from pipeline.data import decode
 from pipeline.data.corpus import Corpus
@@ -22,6 +19,7 @@ from pipeline.data.refused import Refused
 from pipeline.models import flops
 from pipeline.models.build import build as build_model
 from pipeline.models.build import initialise
+from pipeline.models.weights.exported import put
 from pipeline.objectives.classify import HEAD_BIAS
 from pipeline.seed import number
 from pipeline.track.log import Log
@@ -213,21 +211,9 @@ def finish_metrics(folder: Folder, uri: str) -> None:
 def export(folder: Folder, config: Config, weights: dict[str, Tensor], metrics: dict[str, Any]) -> None:
     """The model as others use it: safetensors, and a description that is written last."""
     aside = (f"{PATCH_HEAD}.", f"{MASKED}.")
-    data = save({name: weight for name, weight in weights.items() if not name.startswith(aside)})
-    place = folder / EXPORT
-    place.write("model.safetensors", data)
-    about = {
-        "format": 1,
-        "digest": sha256(data).hexdigest(),
-        "architecture": family(config.model),
-        "model": asdict(config.model),
-        "classes": classes_of(config),
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "metrics": metrics,
-        "config": to_dict(config),
-    }
-    place.write("model.json", json.dumps(about, indent=1).encode())
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(aside)}
+    half, classes, origin = [0.5] * 3, classes_of(config), to_dict(config)
+    put(folder / EXPORT, kept, config.model, classes, mean=half, std=half, metrics=metrics, config=origin)
 
 
 class Meter:

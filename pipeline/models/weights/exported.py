@@ -45,12 +45,12 @@ class Exported:
 
     def scaled(self, images: Tensor) -> Tensor:
         """Pictures (b, 3, s, s) in [-1, 1], as the model learnt to see them: with its mean and deviation."""
+        if self.about["mean"] == self.about["std"] == [0.5] * 3:
+            return images
         mean, deviation = (
             torch.tensor(self.about[name], dtype=images.dtype, device=images.device)[:, None, None]
             for name in ("mean", "std")
         )
-        if self.about["mean"] == self.about["std"] == [0.5] * 3:
-            return images
         return (images * 0.5 + 0.5 - mean) / deviation
 
     def weights(self) -> dict[str, Tensor]:
@@ -72,25 +72,26 @@ def find(url: str) -> Exported:
 def put(
     folder: Folder,
     state: dict[str, Tensor],
-    config: Architecture,
+    model: Architecture,
     classes: int,
     *,
     mean: list[float],
     std: list[float],
-    source: dict[str, Any],
+    metrics: dict[str, Any] | None = None,
+    **origin: Any,
 ) -> None:
-    """Write a model that comes from elsewhere, `source` saying whence, as a run's export is written."""
+    """Write a model, whose description comes last; `origin` says what it came of: a run's config, or another source."""
     data = save(state)
     folder.write(WEIGHTS, data)
     about = {
         "format": 1,
         "digest": sha256(data).hexdigest(),
-        "architecture": family(config),
-        "model": asdict(config),
+        "architecture": family(model),
+        "model": asdict(model),
         "classes": classes,
         "mean": mean,
         "std": std,
-        "metrics": {},
-        "source": source,
+        "metrics": metrics or {},
+        **origin,
     }
     folder.write(ABOUT, json.dumps(about, indent=1).encode())
