@@ -319,6 +319,7 @@ def test_what_is_held_is_said_to_be_used_again_and_again(monkeypatch: pytest.Mon
     monkeypatch.setattr("pipeline.data.ahead.AGAIN_SECONDS", 0.05)
     store = Store()
     ahead = store.ahead(iter([Need(0, 10, np.arange(2)), Need(10, 20, np.arange(2, 9))]), room=2)
-    store.settled()
-    assert store.used.count(0) > 1 and store.used.count(1) > 1 and set(store.used) == {0, 1}
+    while store.used.count(0) < 2 or store.used.count(1) < 2:
+        time.sleep(0.01)
+    assert set(store.used) == {0, 1}
     ahead.close()

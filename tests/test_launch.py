@@ -97,6 +97,15 @@ class Driver:
         self._process.wait()
         return family
 
+    def kill_with_workers(self) -> None:
+        """Kill the driver and the processes of the run, none of which does a step more."""
+        workers = self.workers()
+        for process in workers:
+            process.suspend()
+        self.kill()
+        for process in workers:
+            process.kill()
+
     def end(self, code: int = 0) -> str:
         """What it said, on stdout where it ends well and on stderr otherwise."""
         try:
@@ -159,12 +168,19 @@ def test_a_run_whose_driver_is_killed_goes_on_when_it_is_started_again_as_if_not
 ) -> None:
     driver = Driver(place, "driver-killed")
     driver.wait_for_checkpoint(after=20)
-    family = driver.kill()
+    driver.kill_with_workers()
     assert not (driver.folder / "export").exists()
     again = Driver(place, "driver-killed")
     assert "driver-killed: goes on after step" in again.end()
     assert as_if(again.folder, quiet)
     assert logged(place, "driver-killed") == EVERY_LINE
+
+
+@pytest.mark.slow
+def test_nothing_of_a_run_outlives_its_driver(place: Path) -> None:
+    driver = Driver(place, "orphaned", duration=10**6)
+    driver.wait_for_checkpoint()
+    family = driver.kill()
     assert psutil.wait_procs(family, timeout=90)[1] == []  # Ray's own agents take a minute to notice
 
 

@@ -19,6 +19,7 @@ from pipeline.models.bit import ResNetV2, Unit, initialise
 from pipeline.models.flops import bit as flops
 from pipeline.models.standardised import StandardisedConv2d, standardise
 from tests import timm
+from tests.parity import passed
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -75,14 +76,7 @@ def test_every_output_and_gradient_is_as_if_timm_had_computed_it(config: Bit, he
     theirs.load_state_dict(ours.state_dict())
     pictures = images(2, height, width).double()
     toward = torch.randn(2, 7, generator=drawn(2), dtype=torch.float64)
-    found: list[dict[str, Any]] = []
-    for model in (ours, theirs):
-        given_ = pictures.clone().requires_grad_()
-        logits = model(given_)
-        (logits * toward).sum().backward()
-        assert given_.grad is not None
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        found.append({"logits": logits.detach(), "pictures": given_.grad, **gradients})
+    found = [passed(model, pictures, toward) for model in (ours, theirs)]
     assert list(found[0]) == list(found[1])
     for name, value in found[0].items():
         assert float((value - found[1][name]).norm() / value.norm()) < 1e-8, name

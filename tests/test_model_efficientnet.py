@@ -17,6 +17,7 @@ from pipeline.architectures.efficientnet import Efficientnet, efficientnet_b0
 from pipeline.models.efficientnet import Bottleneck, EfficientNet, SameConv2d, StochasticDepth, initialise
 from pipeline.models.flops import efficientnet as flops
 from tests import timm
+from tests.parity import passed
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -103,14 +104,7 @@ def test_every_output_and_gradient_is_as_if_timm_had_computed_it(
     theirs.load_state_dict(ours.state_dict())
     pictures = images(3, height, width)
     toward = torch.randn(3, 7, generator=drawn(2), dtype=torch.float64)
-    found: list[dict[str, Any]] = []
-    for model in (ours, theirs):
-        given_ = pictures.clone().requires_grad_()
-        logits = model(given_)
-        (logits * toward).sum().backward()
-        assert given_.grad is not None
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        found.append({"logits": logits.detach(), "pictures": given_.grad, **gradients})
+    found = [passed(model, pictures, toward) for model in (ours, theirs)]
     assert list(found[0]) == list(found[1])
     largest = max(float(value.norm()) for value in found[0].values())
     for name, value in found[0].items():

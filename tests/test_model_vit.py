@@ -33,6 +33,7 @@ from pipeline.models.vit import (
     sines_and_cosines,
 )
 from tests import timm
+from tests.parity import close, passed
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore:pictures of .* do not divide:UserWarning")]
 
@@ -108,12 +109,6 @@ def pictures(count: int, height: int, width: int) -> Tensor:
 
 def square(count: int, config: Vit) -> Tensor:
     return pictures(count, config.image_size, config.image_size)
-
-
-def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
-    """Within so much of the largest number."""
-    assert ours.shape == theirs.shape
-    assert float((ours - theirs).detach().abs().max()) <= tolerance * max(1e-6, float(theirs.detach().abs().max()))
 
 
 # --- counts ---------------------------------------------------------------------------------------------------------
@@ -197,20 +192,12 @@ def pair(config: Vit, options: dict[str, Any]) -> tuple[VisionTransformer, Any]:
 
 def assert_same(ours: nn.Module, theirs: nn.Module, images: Tensor, tolerance: float = 1e-9) -> None:
     """The same logits, and the same gradients of every parameter and pixel."""
-    results = []
-    for model in (ours, theirs):
-        pixels = images.clone().requires_grad_()
-        logits = model(pixels)
-        logits.square().sum().backward()
-        results.append((logits, pixels.grad, {name: p.grad for name, p in model.named_parameters()}))
-    (logits, pixels, gradients), (their_logits, their_pixels, theirs_) = results
-    close(logits, their_logits, tolerance)
-    close(pixels, their_pixels, tolerance)
-    assert gradients.keys() == theirs_.keys()
-    for name, gradient in gradients.items():
+    toward = torch.linspace(-1, 1, ours(images).numel(), dtype=images.dtype).reshape(ours(images).shape)
+    found, expected = (passed(model, images, toward) for model in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
         # The bias of a key shifts all scores of a softmax alike: its gradient is rounding alone.
-        bias_of_key = name.endswith(("qkv.bias", "kv.bias"))
-        close(gradient, theirs_[name], 1e-6 if bias_of_key else tolerance)
+        close(value, expected[name], 1e-6 if name.endswith(("qkv.bias", "kv.bias")) else tolerance)
 
 
 @pytest.mark.parametrize(("config", "options"), TIMM.values(), ids=TIMM)
