@@ -18,6 +18,7 @@ from pipeline.architectures.hybrid import Hybrid
 from pipeline.models import flops
 from pipeline.models.hybrid import Convolution, HybridEmbed, HybridTransformer, Root, Unit, initialise, standardised
 from tests import timm
+from tests.parity import close, passed
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -63,12 +64,6 @@ def built(config: Hybrid, classes: int = 7) -> HybridTransformer:
 
 def pictures(count: int, height: int, width: int) -> Tensor:
     return torch.randn(count, 3, height, width, generator=chance(1), dtype=torch.float64)
-
-
-def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
-    """Within so much of the largest number."""
-    assert ours.shape == theirs.shape
-    assert float((ours - theirs).detach().abs().max()) <= tolerance * max(1e-6, float(theirs.detach().abs().max()))
 
 
 # --- counts ---------------------------------------------------------------------------------------------------------
@@ -134,19 +129,13 @@ PARITY = {
 def test_every_output_and_gradient_is_as_if_timm_had_worked_it_out(config: Hybrid) -> None:
     ours, theirs = built(config).eval(), of_timm(config).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    results = []
-    for model in (ours, theirs):
-        pixels = pictures(2, config.image_size, config.image_size).requires_grad_()
-        logits = model(pixels)
-        logits.square().sum().backward()
-        results.append((logits, pixels.grad, {name: p.grad for name, p in model.named_parameters()}))
-    (logits, slope, gradients), (their_logits, their_slope, their_gradients) = results
-    close(logits, their_logits)
-    close(slope, their_slope)
-    assert gradients.keys() == their_gradients.keys()
-    for name, gradient in gradients.items():
+    images = pictures(2, config.image_size, config.image_size)
+    toward = torch.linspace(-1, 1, 2 * 7, dtype=images.dtype).reshape(2, 7)
+    found, expected = (passed(model, images, toward) for model in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
         # The bias of a key shifts all scores of a softmax alike: its gradient is rounding alone.
-        close(gradient, their_gradients[name], 1e-6 if name.endswith("qkv.bias") else 1e-9)
+        close(value, expected[name], 1e-6 if name.endswith("qkv.bias") else 1e-9)
 
 
 @pytest.mark.parametrize("size", [(32, 56), (27, 41)], ids=str)
@@ -194,6 +183,19 @@ def test_every_filter_is_standardised_as_if_by_hand(how: Literal["deviation", "v
         variance = sum((number - mean) ** 2 for number in numbers) / len(numbers)
         divisor = variance**0.5 + 1e-5 if how == "deviation" else (variance + 1e-8) ** 0.5
         assert mine.flatten().tolist() == pytest.approx([(number - mean) / divisor for number in numbers], rel=1e-8)
+
+
+@pytest.mark.parametrize("how", ["deviation", "variance"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
+def test_every_slope_of_a_filter_is_as_if_by_differences(
+    how: Literal["deviation", "variance"], layout: torch.memory_format
+) -> None:
+    # A deviation of about the 1e-5 beside it, and one far above.
+    for size in (2e-5, 0.3):
+        weight = size * torch.randn(3, 2, 3, 3, generator=chance(), dtype=torch.float64)
+        weight = weight.to(memory_format=layout).requires_grad_()
+        assert torch.autograd.gradcheck(lambda w: standardised(w, how), weight, eps=1e-6 * size, atol=1e-4 / size)
+        assert standardised(weight, how).is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("how", ["deviation", "variance"])

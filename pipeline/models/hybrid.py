@@ -9,10 +9,11 @@ pixels, n patches, d width.
 """
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import max_pool2d, pad, relu
 
 from pipeline.architectures.hybrid import ROOT, Hybrid
@@ -21,7 +22,33 @@ from pipeline.models.standardised import standardise
 from pipeline.models.vit import PatchEmbed, VisionTransformer, lecun
 
 GROUPS = 32
+_layer_norm_slopes = torch.ops.aten.native_layer_norm_backward
 _TINY = 1e-20  # beside a variance: keeps a filter of equal weights from 0 / 0, and changes no other
+
+
+class _Divided(torch.autograd.Function):
+    """Every filter of a contiguous (o, ...) less its mean, over `epsilon` beside its deviation.
+
+    The kernels of layer norm do it in one pass each way, since what differs is a number for each filter. With y the
+    result, s the deviation and z the filter less its mean over s, the slope of a weight w for the slopes g of y is
+    (g - mean(g) - y mean(g z)) / (s + epsilon).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, epsilon: float) -> Tensor:
+        result, mean, inverse = torch.native_layer_norm(weight, weight.shape[1:], None, None, _TINY)
+        divisor = inverse / (1 + epsilon * inverse)  # 1 / (s + epsilon), for each of o
+        ctx.save_for_backward(weight, mean, inverse, divisor)
+        return result.mul_(divisor / inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        weight, mean, inverse, divisor = ctx.saved_tensors
+        between = (inverse * divisor).sqrt()  # its square divides the product of two filters as y z does
+        shape, wanted = weight.shape[1:], [True, False, False]
+        found = _layer_norm_slopes(slope.contiguous(), weight, shape, mean, between, None, None, wanted)
+        return found[0].mul_(divisor / between), None
 
 
 def standardised(weight: Tensor, how: Literal["deviation", "variance"]) -> Tensor:
@@ -32,9 +59,11 @@ def standardised(weight: Tensor, how: Literal["deviation", "variance"]) -> Tenso
     if how == "variance":
         return standardise(weight, 1e-8)
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    deviation = torch.var(exact, dim=(1, 2, 3), correction=0, keepdim=True).sqrt()  # o 1 1 1
-    # One fused pass divides by the deviation; what is left is a number for each filter.
-    return (standardise(exact, _TINY) * (deviation / (deviation + 1e-5))).to(weight.dtype)
+    if exact.is_contiguous():
+        result = _Divided.apply(exact, 1e-5)
+    else:  # channels last: the order of its weights changes nothing of a filter's statistics
+        result = _Divided.apply(exact.movedim(1, -1).contiguous(), 1e-5).movedim(-1, 1)
+    return result.to(weight.dtype)
 
 
 class Convolution(nn.Conv2d):
