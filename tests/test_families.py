@@ -1,7 +1,9 @@
 """Every family of models goes the whole way: built, counted, trained through a kill, exported, fine-tuned."""
 
 import json
+import re
 from dataclasses import replace
+from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from typing import cast
@@ -65,6 +67,18 @@ def test_the_model_of_every_experiment_builds_and_fits_a_gpu_of_80_gigabytes(nam
         model = build(config.model, config.classes)
     assert sum(parameter.numel() for parameter in model.parameters()) == flops.parameters(config.model, config.classes)
     assert memory(config, 8).total < 80e9
+
+
+@pytest.mark.parametrize("name", experiments.known())
+def test_every_experiment_has_the_parameters_and_the_cost_that_it_states(name: str) -> None:
+    config, said = experiments.load(name), import_module(f"pipeline.experiments.{name}").__doc__ or ""
+    stated = re.findall(r"Size: ([\d,]+) parameters", said)
+    assert [int(number.replace(",", "")) for number in stated] == [flops.parameters(config.model, config.classes)]
+    if name != "demo":  # which costs nothing worth saying
+        (cost,) = re.findall(r"Cost: about ([\d,.]+) exaFLOPs", said)
+        pictures = config.steps(config.data.samples) * config.batch
+        exaflops = flops.training_exaflops(config.model, config.classes, pictures)
+        assert float(cost.replace(",", "")) == pytest.approx(exaflops, rel=0.01)
 
 
 def test_a_family_that_there_is_not_is_named() -> None:

@@ -1,6 +1,7 @@
 """CMT-S on ImageNet, 300 epochs (Guo et al. 2022; its code's recipe for S).
 
 Command: `ray job submit --working-dir . -- python jobs/pretrain.py cmt_s_in1k --data.shards s3://... --to s3://...`
+Size: 26,256,160 parameters, the head's among them.
 Cost: about 9.3 exaFLOPs, some 21 A100-hours at 40 % of the bf16 peak.
 Expected: top-1 83.5 % (the paper). Not run here. The code also averages weights, repeats pictures, jitters
 colours, spares biases and norms from decay and ends its cosine at 1e-5; this run does not.

@@ -1,6 +1,7 @@
 """R50+ViT-B/16 on ImageNet-21k, 90 epochs (ViT paper, section 3.1 and table 3, whose rates are those of ViT-B).
 
 Command: `ray job submit --working-dir . -- python jobs/pretrain.py r50_vit_b16_in21k --data.shards s3://... --to s3://...`
+Size: 115,276,433 parameters, the head's among them.
 Cost: about 144 exaFLOPs, some 13 A100-days at 40 % of the bf16 peak.
 Expected: top-1 on ImageNet 85.08 % after fine-tuning at 384 pixels (the paper's code; with dropout). Not run here.
 """
