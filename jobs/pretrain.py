@@ -4,6 +4,10 @@
 
 A run lives in FOLDER/RUN and goes on from what it finds there. Runs on the Ray cluster it is submitted to, or starts a
 Ray on this machine. `python jobs/pretrain.py EXPERIMENT --help` lists every field with its default.
+
+With `--processes 2:8` it goes on with as many processes as there is room for. Ctrl-C, SIGTERM and `ray job stop` let it
+save before it ends; the last only where the job's runtime environment says so, since Ray kills a job three seconds
+after it was told: env_vars {RAY_JOB_STOP_SIGNAL: SIGINT, RAY_JOB_STOP_WAIT_TIME_S: "120"}.
 """
 
 import sys
@@ -28,14 +32,18 @@ class Arguments:
     """Folder or URL under which runs are kept."""
     run: str = ""
     """Name of the run, and of its folder; the experiment's name if empty."""
-    processes: int = 1
-    """Processes: one for each GPU, or with --cpus-each on CPUs."""
+    processes: str = "1"
+    """Processes, one for each GPU, or with --cpus-each on CPUs; or the fewest and the most of them, as in 2:8."""
     cpus_each: int = 1
     """CPUs for each process."""
     tracking_uri: str = ""
     """Where MLflow is; the environment's MLFLOW_TRACKING_URI if empty, else a file in ~/.local/share/vitscale."""
     max_failures: int = 10
     """Starts after a failure before the run is given up."""
+    resize_seconds: float = 600.0
+    """Seconds from one look whether there is room for more processes to the next."""
+    change: tuple[str, ...] = ()
+    """What is to be otherwise from the newest checkpoint on, such as optim.lr=3e-4; recorded in the run."""
     wait_for_resources: float = 0.0
     """Seconds that a cluster which grows on demand is given to show what it can have."""
     dry_run: bool = False
@@ -50,13 +58,58 @@ def main(argv: list[str]) -> None:
         return
     arguments = parse(Arguments, argv[1:], default=Arguments(load(argv[0])))
     config = arguments.config
-    config.check(arguments.processes)
+    processes = allowed(config, arguments.processes)
     if arguments.dry_run:
-        print(plan(config, arguments.processes))
+        print(plan(config, processes[-1]))
         return
     if not arguments.to:
         raise ValueError("--to is missing: the folder or URL under which runs are kept")
-    pretrain(arguments)
+    pretrain(arguments, processes, changes_of(arguments.change))
+
+
+def allowed(config: Config, text: str) -> list[int]:
+    """The numbers of processes that `8` or `2:8` means and on which the run can be, in order; its batch is the same.
+
+    ValueError, saying what would do, where there are none.
+    """
+    ends = text.split(":")
+    if len(ends) > 2 or not all(end.isdecimal() for end in ends):
+        raise ValueError(f"--processes is {text}: a number such as 8, or the fewest and the most, as in 2:8, is needed")
+    least, most = int(ends[0]), int(ends[-1])
+    if least > most:
+        raise ValueError(f"--processes is {text}: the smaller number goes first, {most}:{least}")
+    if least == most:
+        config.check(most)
+    found = [number for number in range(max(1, least), most + 1) if _fits(config, number)]
+    if not found:
+        lanes = config.data.lanes
+        divisors = [number for number in range(1, lanes + 1) if lanes % number == 0]
+        config.check(most if most in divisors else 1)  # that there is none may be for another reason
+        raise ValueError(
+            f"--processes {text}: {lanes} lanes divide over none of these numbers; "
+            f"they do over {', '.join(map(str, divisors))}"
+        )
+    return found
+
+
+def _fits(config: Config, processes: int) -> bool:
+    try:
+        config.check(processes)
+    except ValueError:
+        return False
+    return True
+
+
+def changes_of(words: tuple[str, ...]) -> dict[str, float]:
+    """`optim.lr=3e-4` as a name and a number; ValueError where it is something else."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--change {word}: a field and its number are needed, as in optim.lr=3e-4") from None
+    return found
 
 
 def plan(config: Config, processes: int) -> str:
@@ -75,11 +128,13 @@ def plan(config: Config, processes: int) -> str:
         lines += ["steps, exaFLOPs             not known: give --data.samples, the pictures of the corpus"]
     need = memory(config, processes)
     parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
-    parts["activations"] = need.activations
+    parts |= {"buckets": need.buffers, "activations or update": max(need.activations, need.update)}
     lines += [
         f"{'memory per GPU (estimate)':28}{need.total / 2**30:,.2f} GiB with {processes} processes, ZeRO-{config.zero}"
     ]
     lines += [f"{'  ' + name:28}{value / 2**30:,.2f} GiB" for name, value in parts.items()]
+    if need.host:
+        lines += [f"{'of its machine, for each':28}{need.host / 2**30:,.2f} GiB"]
     micro = config.micro(processes)
     lines += [f"{'a step of one process':28}{config.passes(processes)} passes of {micro} pictures"]
     return "\n".join(lines)
@@ -93,8 +148,8 @@ def flat(values: dict[str, object], path: str = "") -> dict[str, object]:
     return found
 
 
-def pretrain(arguments: Arguments) -> None:
-    """Run to the end, on the cluster or on this machine."""
+def pretrain(arguments: Arguments, processes: list[int], changes: dict[str, float]) -> None:
+    """Run to the end, on the cluster or on this machine, on one of these numbers of processes."""
     from pipeline.launch import has_gpus, launch
     from pipeline.track import log
     from pipeline.track.runs import check, tracking_uri
@@ -106,7 +161,7 @@ def pretrain(arguments: Arguments) -> None:
     config, name = located(arguments.config), arguments.run or arguments.config.name
     folder = Folder(arguments.to) / name
     uri = tracking_uri(arguments.tracking_uri or None)
-    training, validation = refuse_misfits(config, arguments.processes)
+    training, validation = refuse_misfits(config, processes[0])
     check(uri)
     roots = {"training": training.root, **({"validation": validation.root} if validation else {})}
     if config.distillation.teacher:
@@ -119,9 +174,15 @@ def pretrain(arguments: Arguments) -> None:
     folder.check_writable()
     connect()
     gpus = has_gpus()
-    needed = {"CPU": float(arguments.processes * arguments.cpus_each), **({"GPU": arguments.processes} if gpus else {})}
-    require(needed, f"{name} on {arguments.processes} processes", wait_s=arguments.wait_for_resources)
+    least = processes[0]
+    needed = {"CPU": float(least * arguments.cpus_each), **({"GPU": least} if gpus else {})}
+    require(needed, f"{name} on {least} processes", wait_s=arguments.wait_for_resources)
     open_folder(config, folder.absolute, roots)
+    if changes:
+        from pipeline.train.run import record_change
+
+        step = record_change(folder, config, changes)
+        print(f"{name}: {', '.join(f'{field}={value:g}' for field, value in changes.items())} from step {step:,} on")
     facts = {
         "parameters": flops.parameters(config.model, config.classes),
         "samples": training.samples,
@@ -134,10 +195,11 @@ def pretrain(arguments: Arguments) -> None:
     try:
         launch(
             Job(config, folder.absolute, uri, mlflow_run, name),
-            arguments.processes,
+            processes,
             gpus=gpus,
             cpus_each=arguments.cpus_each,
             max_failures=arguments.max_failures,
+            resize_seconds=arguments.resize_seconds,
         )
     except BaseException:
         log.end(uri, mlflow_run, failed=True)

@@ -133,19 +133,50 @@ class Suppression:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with warm-up and decay (paper, table 3 and appendix B.1)."""
+    """The optimizer, its schedule and what it spares (paper, table 3 and appendix B.1)."""
 
+    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    """AdamW; SGD with momentum; or Adafactor, whose second moments are rows and columns (Shazeer and Stern 2018)."""
     lr: float = 1e-3
     warmup: int = 10_000
     """Steps over which the learning rate rises from 0."""
-    decay: Literal["linear", "cosine", "constant"] = "linear"
+    decay: Literal["linear", "cosine", "constant", "rsqrt"] = "linear"
+    """Down to 0 or `end_lr`, or, for a length that may change, by one over the root of the step (Zhai et al. 2022)."""
     end_lr: float = 1e-5
     """Where the linear decay ends."""
+    timescale: int = 10_000
+    """Of rsqrt: three times so many steps after the warm-up, the rate is the half."""
+    cooldown: int = 0
+    """Steps at the end over which a factor of the rate goes from 1 to 0 in a line, whatever the decay."""
     betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 0.03
-    """Per unit of learning rate, on every parameter, as in the paper."""
+    """Per unit of learning rate; of SGD, a part of the gradient (L2)."""
+    decayed: Literal["all", "matrices"] = "all"
+    """What decays: every parameter, as in the paper's code, or not what the model names: biases, norms, positions."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0 clips nothing."""
+    average: float = 0.0
+    """Share of the moving average of the weights that a step keeps, 0.9999 in the paper's table 2; 0 for none. Where
+    there is one, it is validated and exported."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a run does when it is sick."""
+
+    skips: int = 10
+    """Steps in a row whose loss or gradient is not finite, each left out; with one more the run fails."""
+    sigmas: float = 8.0
+    """A loss above its mean by so many standard deviations of the last `window` is a spike; 0 looks for none."""
+    window: int = 128
+    """Steps that a spike is measured against."""
+    spike: Literal["log", "skip", "rollback"] = "log"
+    """Name a spike's pictures; or also leave its update out; or also go back to the checkpoint before it, and leave
+    the batch out there."""
+    hang_seconds: float = 1800.0
+    """After so long without a step, all stacks are written down and the run starts again; 0 waits for ever."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +192,7 @@ class Config:
     distillation: Distillation = field(default_factory=Distillation)
     suppression: Suppression = field(default_factory=lambda: Suppression(cosine=0.0, contrastive=0.0, mixing=0.0))
     optim: Optim = field(default_factory=Optim)
+    health: Health = field(default_factory=Health)
     objective: Literal["sigmoid", "softmax", "masked"] = "sigmoid"
     """Cross-entropy of each class for itself (ImageNet-21k), or of one class among all; or, without labels, masked
     patch prediction (Dosovitskiy et al. 2021, B.1.2)."""
@@ -174,14 +206,26 @@ class Config:
     """Pictures for one step of the optimizer, on all processes together."""
     micro_batch: int = 64
     """The most pictures for one forward pass of one process; how many there are decides no more than rounding."""
-    zero: Literal[0, 1, 2] = 2
+    zero: Literal[0, 1, 2, 3] = 2
     """Stage of DeepSpeed's ZeRO."""
+    offload: bool = False
+    """Keep the optimizer's state in the memory of the CPU."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: bool = False
+    """Keep no activations inside a block, but compute them a second time in the backward pass."""
+    compiled: bool = False
+    """Compile the blocks of the model (torch.compile)."""
+    batch_norm: Literal["process", "global"] = "process"
+    """Whose pictures a batch norm normalises by: each process's own, or all processes'."""
     seed: int = 0
     save_every: int = 1000
     """Steps from one checkpoint to the next."""
+    save_beside: bool = True
+    """Write checkpoints while training goes on, from a copy of the state in the CPU's memory; else training waits."""
     keep: int = 2
     """Checkpoints kept."""
+    milestone_every: int = 0
+    """Steps from one milestone to the next: weights that are kept for ever, to fine-tune from; 0 for none."""
     log_every: int = 10
     """Steps from one line in MLflow to the next; each is the mean over them."""
 
@@ -208,6 +252,10 @@ class Config:
         """Forward passes that each process makes for one step."""
         return self.batch // (processes * self.micro(processes))
 
+    def is_milestone(self, done: int) -> bool:
+        """Whether a milestone is kept after so many steps."""
+        return bool(done and self.milestone_every) and done % self.milestone_every == 0
+
     def check(self, processes: int) -> None:
         """Raise ValueError, with numbers that would do, where the run does not fit on so many processes."""
         lanes, batch = self.data.lanes, self.batch
@@ -232,13 +280,53 @@ class Config:
                 f"mixup and cutmix take pictures two by two, and {processes} processes share a batch of {batch} in "
                 f"micro-batches of {self.micro_batch}: each needs an even share, and micro_batch at least 2"
             )
-        if self.zero == 0 and self.precision == "bf16":
-            raise ValueError("zero 0 keeps no fp32 gradients beside bf16 weights: use zero 1 or 2, or precision fp32")
+        self._check_engine()
+        self._check_optim()
         self.model.check()
         self._check_distillation()
         self._check_suppression()
         self._check_masked()
         self._check_feed()
+        self._check_health()
+
+    def _check_engine(self) -> None:
+        if self.zero == 0 and self.precision == "bf16":
+            raise ValueError("zero 0 keeps no fp32 gradients beside bf16 weights: use zero 1 or 2, or precision fp32")
+        if self.zero == 0 and self.offload:
+            raise ValueError("offload moves what ZeRO has divided: it needs zero 1, 2 or 3")
+        if self.zero == 3 and self.compiled:
+            raise ValueError(
+                "zero 3 fetches weights inside the blocks, which takes them apart: compiled needs zero 0 to 2"
+            )
+        if self.zero == 3 and self.objective == "masked":
+            raise ValueError(
+                "zero 3 fetches the weights of what the loss comes out of, and objective masked looks inside the "
+                "model: use zero 1 or 2"
+            )
+        if self.zero and self.optim.optimizer == "adafactor":
+            raise ValueError(
+                "adafactor keeps a number for each row and column of a matrix, and ZeRO lays matrices flat: use zero 0 "
+                "with precision fp32, or adamw or sgd"
+            )
+
+    def _check_optim(self) -> None:
+        chosen = self.optim
+        least = {
+            "lr": (chosen.lr, 0), "end_lr": (chosen.end_lr, 0), "warmup": (chosen.warmup, 0),
+            "cooldown": (chosen.cooldown, 0), "timescale": (chosen.timescale, 1),
+            "weight_decay": (chosen.weight_decay, 0), "clip": (chosen.clip, 0),
+        }  # fmt: skip
+        for what, (value, lowest) in least.items():
+            if not value >= lowest:
+                raise ValueError(f"optim.{what} is {value}; at least {lowest} is needed")
+        for what, share in (
+            ("momentum", chosen.momentum),
+            ("average", chosen.average),
+            ("betas", min(chosen.betas)),
+            ("betas", max(chosen.betas)),
+        ):
+            if not 0 <= share < 1:
+                raise ValueError(f"optim.{what} is {share}; it is a share that is kept, at least 0 and below 1")
 
     def _check_distillation(self) -> None:
         chosen = self.distillation
@@ -270,6 +358,14 @@ class Config:
             )
         if self.pairs or self.augment.erase or self.distillation.teacher or self.suppression.wanted:
             raise ValueError("objective masked goes without mixup, cutmix, erasing, a teacher and suppression")
+
+    def _check_health(self) -> None:
+        chosen, least = self.health, {"skips": 0, "sigmas": 0, "window": 2, "hang_seconds": 0}
+        for name, lowest in least.items():
+            if not getattr(chosen, name) >= lowest:
+                raise ValueError(f"health.{name} is {getattr(chosen, name)}; at least {lowest} is needed")
+        if chosen.spike != "log" and not chosen.sigmas:
+            raise ValueError(f"health.spike {chosen.spike} needs to know what a spike is: give health.sigmas above 0")
 
     def _check_feed(self) -> None:
         least = {

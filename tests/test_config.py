@@ -76,7 +76,7 @@ def test_every_difference_of_two_runs_is_named() -> None:
 def test_a_written_run_with_an_unknown_field_is_refused() -> None:
     values = asdict(tiny())
     values["optim"]["lrr"] = 1.0
-    with pytest.raises(ValueError, match=r"no field 'optim.lrr' in Optim; it has: lr, warmup"):
+    with pytest.raises(ValueError, match=r"no field 'optim.lrr' in Optim; it has: optimizer, lr, warmup"):
         from_dict(values)
 
 

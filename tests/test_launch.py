@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 
 from jobs import pretrain as job
 from pipeline.cli import run
+from pipeline.config import Config
+from pipeline.launch import DEMANDED, LEAVING, MORE, TERMINATED, Board, halving, micro_batch_of
 from pipeline.train.checkpoint import complete
 from shards.storage import Folder
 from tests import tiny
@@ -90,6 +93,24 @@ class Driver:
             assert time.monotonic() < limit
             time.sleep(0.02)
 
+    def started(self) -> str:
+        """The word of the last start of the run's processes, empty before the first."""
+        path = self.folder / "attempt"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_start(self, but: str = "") -> str:
+        """Return when the processes of the run have started once more; the word of that start."""
+        limit = time.monotonic() + 240
+        while (word := self.started()) in ("", but):
+            assert self._process.poll() is None, self.end()
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        return word
+
+    def tell(self, number: int) -> None:
+        """Send the driver a signal."""
+        self._process.send_signal(number)
+
     def kill(self) -> list[psutil.Process]:
         """Kill the driver alone; returns its family, which has to follow it."""
         family = self.family()
@@ -127,13 +148,13 @@ def as_if(ours: Path, theirs: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def logged(place: Path, name: str) -> list[int]:
+def logged(place: Path, name: str, status: str = "FINISHED") -> list[int]:
     """Steps at which the run has a loss in MLflow, which is where a run on a laptop puts it."""
     client = MlflowClient(f"sqlite:///{place}/.local/share/vitscale/mlflow.db")
     experiment = client.get_experiment_by_name("vitscale")
     assert experiment
     (only,) = client.search_runs([experiment.experiment_id], f"tags.`vitscale.run` = '{name}'")
-    assert only.info.status == "FINISHED"
+    assert only.info.status == status
     return sorted(metric.step for metric in client.get_metric_history(only.info.run_id, "loss"))
 
 
@@ -174,6 +195,90 @@ def test_a_run_whose_driver_is_killed_goes_on_when_it_is_started_again_as_if_not
     assert "driver-killed: goes on after step" in again.end()
     assert as_if(again.folder, quiet)
     assert logged(place, "driver-killed") == EVERY_LINE
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_end_saves_first_and_goes_on_from_there_whoever_is_told(place: Path) -> None:
+    # No checkpoint is due, and no failure is forgiven: to be told in time is none.
+    endless = {"duration": 10**6, "save_every": 10**6, "max_failures": 0}
+    driver = Driver(place, "told", **endless)
+    begun = driver.wait_for_start()
+    driver.workers()[1].terminate()
+    driver.wait_for_start(but=begun)
+    first = complete(Folder(str(driver.folder)))[-1]
+    driver.tell(signal.SIGTERM)
+    assert "stopped" in driver.end(130)
+    second = complete(Folder(str(driver.folder)))[-1]
+    assert second > first > 0
+    again = Driver(place, "told", **endless)
+    again.wait_for_start(but=driver.started())
+    again.tell(signal.SIGINT)
+    again.end(130)
+    third = complete(Folder(str(again.folder)))[-1]
+    assert third > second
+    steps = [step for step in logged(place, "told", status="FAILED") if step % 2 == 0]
+    assert steps == list(range(2, third + 1, 2)), "each of the lines that are due, once"
+
+
+@pytest.mark.parametrize(("fits", "starts"), [(8, 0), (4, 1), (2, 2)])
+def test_a_run_whose_micro_batches_do_not_fit_goes_on_with_halves_and_computes_the_same(
+    tmp_path: Path, fits: int, starts: int
+) -> None:
+    config, folder, failed = tiny.config(tiny.shard_set(tmp_path / "set")), Folder(str(tmp_path / "run")), 0
+
+    def work(config: Config) -> int:
+        if config.micro(2) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total capacity of 79 GiB")
+        return config.micro(2) * config.passes(2) * 2
+
+    while True:
+        try:
+            with halving(folder, config, 2):
+                batch = work(micro_batch_of(folder, config))
+                break
+        except torch.OutOfMemoryError:
+            failed += 1
+            config = micro_batch_of(folder, config)
+    assert (batch, failed) == (config.batch, starts)
+    assert micro_batch_of(folder, replace(config, micro_batch=64)).micro_batch == (fits if starts else 64)
+
+
+def test_a_process_of_an_earlier_start_gives_up_no_later_one() -> None:
+    board = Board()
+    old = board.begin(True)
+    assert board.begin(False) == old == 1
+    new = board.begin(True)
+    board.give_up("another start of this run has taken over", old)
+    assert board.why_given_up() == "" and new == 2
+    board.give_up("another start of this run has taken over", new)
+    assert board.why_given_up() and board.begin(True) == 0
+
+
+def test_every_reason_to_stop_but_that_of_a_person_ends_with_the_start_that_it_was_for() -> None:
+    board = Board()
+    for reason in (MORE, TERMINATED, LEAVING):
+        assert board.begin(True) and board.ask_to_stop(reason) and board.stop_asked() == reason
+        board.leave()
+    assert board.begin(True) and board.stop_asked() == 0
+    assert board.ask_to_stop(DEMANDED)
+    board.ask_to_stop(MORE)
+    board.leave()
+    assert not board.begin(True) and not board.ask_to_stop(DEMANDED) and board.stop_asked() == DEMANDED
+
+
+def test_a_smaller_word_of_another_process_stands(tmp_path: Path) -> None:
+    config, folder = tiny.config(tiny.shard_set(tmp_path / "set")), Folder(str(tmp_path / "run"))
+    folder.write("micro_batch", b"1")
+    with pytest.raises(torch.OutOfMemoryError), halving(folder, config, 2):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert folder.read("micro_batch") == b"1"
+
+
+def test_a_picture_alone_that_does_not_fit_is_said_with_the_memory_there_is(tmp_path: Path) -> None:
+    config = tiny.config(tiny.shard_set(tmp_path / "set"), micro_batch=1)
+    said = r"not even a micro-batch of 1 fits .* 79 GiB\. Use --recompute"
+    with pytest.raises(ValueError, match=said), halving(Folder(str(tmp_path / "run")), config, 2):
+        raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total capacity of 79 GiB.\nmore")
 
 
 @pytest.mark.slow
@@ -259,7 +364,7 @@ def test_every_mistake_is_answered_by_a_line_before_a_machine_is_asked_for(
     (tmp_path / "short" / "000002.tar").unlink()
     mistakes: list[tuple[list[str], str]] = [
         (["vit_b17_in21k"], r"no experiment 'vit_b17_in21k'; there are: bit_r50x1_in21k, .*demo, .*vit_b16_in21k"),
-        ([*words(place, "a"), "--optim.lrr=3"], r"no option --optim.lrr=3 in optim; there are: --optim.lr,"),
+        ([*words(place, "a"), "--optim.lrr=3"], r"no option --optim.lrr=3 in optim; there are: .*--optim.lr,"),
         (words(place, "a", batch="many"), r"batch.*many"),
         (words(place, "a", zero=7), r"'7'.*--zero"),
         (words(place, "a", data__shards=tmp_path / "nowhere"), rf"no shard set at {tmp_path}/nowhere"),
@@ -275,6 +380,8 @@ def test_every_mistake_is_answered_by_a_line_before_a_machine_is_asked_for(
         (words(place, "a", to="/proc/vitscale"), r"/proc/vitscale"),
         (words(place, "a", batch=20), r"batch 20 does not divide over 8 lanes: a batch of 16 or 24 would"),
         (words(place, "a", processes=3), r"8 lanes do not divide over 3 processes: 2 or 4 processes would do"),
+        (words(place, "a", processes="5:7"), r"8 lanes divide over none of these numbers; they do over 1, 2, 4, 8"),
+        (words(place, "a", change="optim.lr=fast"), r"--change optim.lr=fast: a field and its number are needed"),
         (words(place, "a", duration=0.1), r"0.1 epochs of 32 pictures are not one step of 16"),
         (words(place, "a", tracking_uri="http://127.0.0.1:9"), r"no MLflow server at http://127.0.0.1:9 .*refused"),
     ]

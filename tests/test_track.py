@@ -51,6 +51,32 @@ def loss(step: int, start: int = 0) -> dict[str, float]:
     return {"loss": 1 / step + start, "lr": 0.1 * step}
 
 
+def test_a_run_that_goes_back_logs_each_step_once_whatever_it_measures_the_second_time(
+    server: Server, run: str
+) -> None:
+    ours = Log(server.uri, run, [])
+    for step in (1, 2, 3, 2, 3, 4):
+        ours.add(step, loss(step, start=step))
+    ours.add(4, {"val_loss": 1.0})
+    assert ours.close(30) == []
+    assert steps(server, run) == [(step, loss(step, start=step)["loss"]) for step in range(1, 5)]
+    assert steps(server, run, "val_loss") == [(4, 1.0)]
+
+
+def test_the_time_of_what_is_logged_never_falls_whatever_the_clock_does(
+    server: Server, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Log(server.uri, run, [], tags={"vitscale.changes": "some"}, not_before=5000)
+    for step, now in enumerate((1.0, 7.0, 3.0, 8.0), start=1):
+        monkeypatch.setattr(log.time, "time", lambda now=now: now)
+        ours.add(step, {"loss": 0.0})
+    monkeypatch.undo()
+    assert ours.close(30) == [] and ours.latest == 8000
+    held = MlflowClient(server.uri).get_metric_history(run, "loss")
+    assert sorted((each.step, each.timestamp) for each in held) == [(1, 5000), (2, 7000), (3, 7000), (4, 8000)]
+    assert MlflowClient(server.uri).get_run(run).data.tags["vitscale.changes"] == "some"
+
+
 @pytest.mark.slow
 def test_nothing_is_lost_and_no_step_is_there_twice_whatever_becomes_of_the_server(
     server: Server, run: str, monkeypatch: pytest.MonkeyPatch

@@ -96,7 +96,7 @@ def furthest(ours: Path, theirs: Path) -> float:
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> dict[int, tuple[Path, str]]:
     """By ZeRO stage, a run that nobody disturbs: its folder and MLflow run."""
-    return {zero: start(place, f"quiet-{zero}", processes=2, zero=zero)[1:] for zero in (0, 1, 2)}
+    return {zero: start(place, f"quiet-{zero}", processes=2, zero=zero)[1:] for zero in (0, 1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def quiet(undisturbed: dict[int, tuple[Path, str]]) -> Path:
     return undisturbed[2][0]
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_twenty_steps_are_seven_and_a_kill_and_thirteen_whatever_the_zero_stage(
     place: Path, undisturbed: dict[int, tuple[Path, str]], zero: int
 ) -> None:
@@ -117,7 +117,7 @@ def test_twenty_steps_are_seven_and_a_kill_and_thirteen_whatever_the_zero_stage(
 
 def test_every_zero_stage_has_the_same_losses(place: Path, undisturbed: dict[int, tuple[Path, str]]) -> None:
     theirs = losses(place, undisturbed[2][1])
-    for zero in (0, 1):
+    for zero in (0, 1, 3):
         assert losses(place, undisturbed[zero][1]) == pytest.approx(theirs, rel=1e-5)
 
 
@@ -154,16 +154,28 @@ def test_a_checkpoint_that_was_not_completed_is_never_taken(place: Path, quiet: 
     assert furthest(quiet, copy) == 0.0
 
 
-def test_a_damaged_checkpoint_is_named(place: Path, quiet: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_as_if_it_had_not_been_written_unless_all_are(
+    place: Path, quiet: Path
+) -> None:
     copy = place / "damaged"
     shutil.copytree(quiet, copy)
     shutil.rmtree(copy / "export")
-    broken = next(sorted((copy / "checkpoints").iterdir())[-1].glob("part-00001*.safetensors"))
+    older, newest = sorted(path for path in (copy / "checkpoints").iterdir() if path.is_dir())
+    damage(newest)
+    start(place, "damaged", processes=2)
+    assert furthest(quiet, copy) == 0.0
+    shutil.rmtree(copy / "export")
+    damage(older)
+    damage(newest)
+    with pytest.raises(AssertionError, match=rf"has no whole checkpoint: .*{newest.name}.*{older.name} is damaged"):
+        start(place, "damaged", processes=2)
+
+
+def damage(checkpoint: Path) -> None:
+    broken = next(checkpoint.glob("part-00001*.safetensors"))
     data = bytearray(broken.read_bytes())
     data[-1] ^= 1
     broken.write_bytes(data)
-    with pytest.raises(AssertionError, match=rf"{broken.name} is damaged"):
-        start(place, "damaged", processes=2)
 
 
 def test_a_run_names_what_it_leaves_out_whatever_its_processes(tmp_path: Path) -> None:

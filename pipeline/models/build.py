@@ -1,5 +1,7 @@
 """The module of any architecture, and its first weights."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,6 +24,18 @@ def build(config: Architecture, classes: int) -> nn.Module:
             return maxvit.MultiAxisVisionTransformer(config, classes)
         case Efficientnet():
             return efficientnet.EfficientNet(config, classes)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model of any family, in order: what is compiled, or computed a second time rather than kept."""
+    blocks: Any = model.blocks
+    match model:
+        case efficientnet.EfficientNet():
+            return [block for stage in blocks for block in stage.children()]
+        case hybrid.HybridTransformer():
+            return [*model.trunk_blocks, *blocks]
+        case _:
+            return list(blocks)
 
 
 def initialise(model: nn.Module, generator: torch.Generator, *, head_bias: float = 0.0) -> None:

@@ -1,1 +1,1 @@
-"""Pure functions of the step."""
+"""Learning rates as pure functions of the step, and the optimizers with what they keep."""

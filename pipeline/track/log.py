@@ -33,22 +33,45 @@ class Record:
 
 
 class Log:
-    """Metrics of one MLflow run; `unsent` is what an earlier start could not send."""
+    """Metrics of one MLflow run, which gets the `tags`; `unsent` is what an earlier start could not send.
 
-    def __init__(self, uri: str, run_id: str, unsent: list[dict[str, Any]]) -> None:
+    Nothing is logged at an earlier time than `not_before`, in milliseconds since 1970: the last that is known.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        run_id: str,
+        unsent: list[dict[str, Any]],
+        *,
+        tags: dict[str, str] | None = None,
+        not_before: int = 0,
+    ) -> None:
         self.run_id = run_id
         self._client = client(uri)
         self._waiting = deque(Record(**record) for record in unsent)
+        self._tags = [RunTag(name, value) for name, value in (tags or {}).items()]
         self._held: dict[str, set[int]] = {}
+        self._added: dict[str, int] = {}
+        self.latest = max([not_before, *(record.timestamp for record in self._waiting)])
+        """When something was last logged."""
         self._changed = Condition()
         self._closed = False
         self._thread = Thread(target=self._send_all, daemon=True, name="mlflow")
         self._thread.start()
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Log `values` for `step`; returns at once."""
+        """Log `values` for `step`; returns at once.
+
+        Steps only rise: what a run that went back measures a second time is not logged. Nor does the time fall,
+        whatever the clock of the machine does.
+        """
         with self._changed:
-            self._waiting.append(Record(step, round(time.time() * 1000), values))
+            values = {name: value for name, value in values.items() if step > self._added.get(name, -1)}
+            self._added |= dict.fromkeys(values, step)
+            if values:
+                self.latest = max(self.latest, round(time.time() * 1000))
+                self._waiting.append(Record(step, self.latest, values))
             self._changed.notify()
 
     def unsent(self, *, up_to: int | None = None) -> list[dict[str, Any]]:
@@ -95,6 +118,9 @@ class Log:
 
     def _send(self, records: list[Record]) -> None:
         """Send what the run does not hold yet. Sending the very same record twice does no harm: MLflow keeps one."""
+        if self._tags:
+            self._client.log_batch(self.run_id, tags=self._tags)
+            self._tags = []
         metrics = [
             Metric(name, value, record.timestamp, record.step)
             for record in records

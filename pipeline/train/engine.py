@@ -5,7 +5,11 @@ parameters, which know nothing of how many processes there are.
 """
 
 import logging
+import math
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +18,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import Config
+from pipeline.models.memory import BUCKET
+from pipeline.optim.optimizers import AVERAGE, MASTER, factored_of, follow, optimizer_of, state_after, states_of
+from pipeline.train import blocks, norms
+from pipeline.train.partitions import Layout, Stretch, layout_of
 from pipeline.world import World
-
-STATES = ("master", "exp_avg", "exp_avg_sq")
-"""What there is of each parameter: the fp32 weights and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A stretch of a parameter, laid flat, that this process keeps: where it starts, and a view of each state."""
+    """A stretch of a parameter, laid flat, that this process keeps: where it starts, and a view of each state.
+
+    "master" is the fp32 weights; the others are the optimizer's, by its names for them, and "average".
+    """
 
     parameter: str
     start: int
@@ -31,7 +39,7 @@ class Fragment:
     @property
     def length(self) -> int:
         """Numbers in the stretch."""
-        return self.states["master"].numel()
+        return self.states[MASTER].numel()
 
 
 class Engine:
@@ -41,21 +49,31 @@ class Engine:
         deepspeed = library(device)
         self.config, self.world, self.device = config, world, device
         self.model = model.to(device)
-        self._plain = config.zero == 0 and config.precision == "fp32"
-        self._norm = torch.zeros(())
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=0.0,  # the loop sets it at each step
-            betas=config.optim.betas,
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
+        self.skipped = False
+        """Whether the update of the last step was left out, on all processes alike."""
+        norms.exact(model, everywhere=config.batch_norm == "global")
+        blocks.wrap(model, compiled=config.compiled, recompute=config.recompute)
+        self._base = optimizer_of(config.optim, model.named_parameters(), undecayed_of(model))
+        exact = {name: value.clone() for name, value in model.named_buffers()}
         self._engine: Any = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings(config, world.size), dist_init_required=False
+            model=model, optimizer=self._base, config=settings(config, world.size), dist_init_required=False
         )[0]
+        self._keep_exact(exact)
+        state = model.state_dict().keys()
+        self._kept = {name: value for name, value in model.named_buffers() if name in state}
+        self._layout: Layout = layout_of(model, self._engine.optimizer, world)
+        self._plain = not self._layout.shared
+        self._clip, self._norm = config.optim.clip, torch.zeros(())
+        self._limit: Tensor | None = None
+        self._losses: list[Tensor] = []
+        self._averages: list[Tensor] = []
+        self._begin(0)
+        if config.optim.average:
+            self._averages = [tensor.detach().clone() for tensor in self._layout.tensors]
+        self._settled = self._taken()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(b, 3, s, s) in [-1, 1] to logits."""
+    def forward(self, images: Tensor) -> Any:
+        """(b, 3, s, s) in [-1, 1] to what the model says of them."""
         return self._engine(images.to(self.dtype))
 
     @property
@@ -63,21 +81,57 @@ class Engine:
         """Of the weights that compute."""
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
+    def loss_guard(self, limit: Tensor | float | None) -> None:
+        """Leave out the updates of steps whose loss, the mean over passes and processes, is above the limit.
+
+        Holds until it is set again; None takes it back. The same on every process.
+        """
+        self._limit = None if limit is None else torch.as_tensor(limit, dtype=torch.float32, device=self.device)
+
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a pass; at the last pass of a step it is averaged over processes."""
-        self._engine.backward(loss)
+        """Add the gradient of a pass; at the last pass of a step it is averaged over processes.
+
+        A loss that is not finite, or too high, makes the gradient NaN. So the one look that ZeRO takes at the norm of
+        the gradient, on all processes alike, decides on the update, and there is nothing more to wait for.
+        """
+        found = loss.detach().float()
+        good = found.isfinite()
+        self._losses.append(found)
+        if self._limit is not None and self._engine.is_gradient_accumulation_boundary():
+            good &= self.mean(torch.stack(self._losses).mean()) <= self._limit
+        self._engine.backward(loss * torch.where(good, 1.0, math.nan).to(loss.dtype))
 
     def step(self) -> None:
-        """After each pass; acts at the last one of a step."""
-        if self._plain and self._engine.is_gradient_accumulation_boundary():
-            # Without ZeRO and in fp32 DeepSpeed clips but keeps no norm.
-            self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        """After each pass; acts at the last one of a step.
+
+        Where the loss or a gradient of any process is not finite, weights, state and buffers stay as they were before
+        the step, and `skipped` says so.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        left_out = self._plain and not self._clipped()
         self._engine.step()
+        self.skipped = bool(left_out or getattr(self._engine.optimizer, "overflow", False))
+        self._losses.clear()
+        if self.skipped:
+            self._put_back(self._settled)
+            return
+        self._updates += 1
+        if self._averages:
+            follow(self._averages, [t.detach() for t in self._layout.tensors], self.config.optim.average)
+        self._settled = self._taken()
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the step under way."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+
+    def set_clip(self, clip: float) -> None:
+        """Set the largest global norm of the gradient for the step under way; 0 clips nothing."""
+        self._clip = clip
+        if not self._plain:
+            self._engine.optimizer.clip_grad = clip
 
     def seed(self, seed: int) -> None:
         """What the model draws from now on follows from `seed`.
@@ -90,7 +144,7 @@ class Engine:
 
     @property
     def gradient_norm(self) -> Tensor:
-        """Global norm of the last step's gradient, before clipping."""
+        """Global norm of the last step's gradient, before clipping; infinite where the update was left out."""
         norm = self._norm if self._plain else self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
@@ -116,12 +170,6 @@ class Engine:
         """What the model keeps beside its weights, such as running means, on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._kept.items()}
 
-    @property
-    def _kept(self) -> dict[str, Tensor]:
-        """The buffers that belong to the state of the model, by name."""
-        state = self.model.state_dict().keys()
-        return {name: value for name, value in self.model.named_buffers() if name in state}
-
     def load_buffers(self, values: dict[str, Tensor]) -> None:
         """Take what `buffers` gave; ValueError where it is another model's."""
         kept = self._kept
@@ -129,6 +177,7 @@ class Engine:
             raise ValueError(f"the checkpoint has other buffers than the model: {sorted(values.keys() ^ kept.keys())}")
         for name, value in kept.items():
             value.copy_(values[name])
+        self._settled = self._taken()
 
     def average_buffers(self) -> None:
         """Give every process the mean of all processes' running means and variances; every process has to call.
@@ -138,89 +187,160 @@ class Engine:
         for value in self._kept.values() if self.world.size > 1 else ():
             if value.is_floating_point():
                 value.copy_(self.mean(value.float()))
+        self._settled = self._taken()
 
     def weights(self) -> dict[str, Tensor]:
-        """The fp32 weights and the buffers on the CPU, whole; every process has to ask."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        """The fp32 weights, or where there is one their moving average, and the buffers, on the CPU, whole.
 
-        def whole(parameter: nn.Parameter) -> Tensor:
-            if parameter.dtype == torch.float32:
-                return parameter
-            return safe_get_full_fp32_param(parameter).view_as(parameter)  # type: ignore[union-attr]
+        Every process has to ask.
+        """
+        with self.averaged():
+            return self.raw_weights()
 
-        weights = {name: whole(p).detach().float().cpu().clone() for name, p in self.model.named_parameters()}
+    def raw_weights(self) -> dict[str, Tensor]:
+        """The fp32 weights that are trained, and the buffers, on the CPU, whole; every process has to ask."""
+        weights = {name: self._layout.whole(p).float().cpu().clone() for name, p in self.model.named_parameters()}
         return weights | {
             name: value.float() if value.is_floating_point() else value for name, value in self.buffers().items()
         }
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In here the model computes with the moving average of its weights, if it has one; no step is taken.
+
+        Running statistics are those of the weights that are trained. Every process has to come.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        if not self._averages:
+            return
+        for weights, average in zip(self._layout.tensors, self._averages, strict=True):
+            aside = weights.detach().clone()
+            weights.copy_(average)
+            average.copy_(aside)
+        self._layout.refresh()
+
     def fragments(self) -> list[Fragment]:
         """What this process has to save: with the other processes' fragments, every number of the state once."""
-        if self._partitioned:
-            return self._own()
-        # Without ZeRO everybody has everything: each saves a share.
         own = self._own()
-        return [own[i] for i in self.world.share(len(own))]
+        # Without ZeRO everybody has everything: each saves a share.
+        return own if self._layout.shared else [own[i] for i in self.world.share(len(own))]
+
+    def extra(self) -> dict[str, Tensor]:
+        """What the optimizer keeps of a parameter in fewer numbers than it has, on the CPU; alike on every process."""
+        return {name: value.detach().cpu().clone() for name, value in self._factored().items()}
+
+    def load_extra(self, values: dict[str, Tensor]) -> None:
+        """Take what `extra` gave, after `prepare_restore`; ValueError where it is another optimizer's or model's."""
+        wanted = self._factored()
+        if values.keys() != wanted.keys():
+            odd = sorted(values.keys() ^ wanted.keys())
+            raise ValueError(f"the checkpoint has other states of the optimizer than the run: {', '.join(odd[:3])}")
+        for name, value in wanted.items():
+            value.copy_(values[name])
+
+    def _factored(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for stretch in self._layout.stretches:
+            for name in factored_of(self.config.optim, stretch.tensor.shape):
+                found[f"optimizer/{name}/{stretch.parameter}"] = self._base.state[stretch.tensor][name]
+        return found
 
     def optimizer_steps(self) -> int:
-        """Updates that the optimizer has made, by its own count."""
-        return max((int(state["step"]) for state in self._base.state.values()), default=0)
+        """Updates that the optimizer has made: steps less those whose update was left out."""
+        return self._updates
 
     def prepare_restore(self, optimizer_steps: int) -> list[Fragment]:
         """The fragments to fill with what was saved; call `restored` when that is done."""
-        for group in self._base.param_groups:
-            for flat in group["params"]:
-                count = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=flat.device)
-                zeros = {name: torch.zeros_like(flat) for name in STATES[1:]}
-                self._base.state[flat] = {"step": count, **zeros}
+        self._begin(optimizer_steps)
         return self._own()
 
     def restored(self) -> None:
         """Make the weights that compute follow the master weights; every process has to call."""
-        if hasattr(self._engine.optimizer, "update_lp_params"):
-            self._engine.optimizer.update_lp_params()
+        self._layout.refresh()
 
-    @property
-    def _base(self) -> torch.optim.Optimizer:
-        """The optimizer that ZeRO has wrapped."""
-        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-
-    @property
-    def _partitioned(self) -> bool:
-        """Whether ZeRO has given this process a part of the parameters' state rather than all of it."""
-        return any(hasattr(p, "_hp_mapping") for p in self.model.parameters())
+    def _begin(self, updates: int) -> None:
+        """Give the optimizer the state that it has after so many updates, of zeros."""
+        self._updates = updates
+        for tensor in self._layout.tensors:
+            if state := state_after(self.config.optim, tensor.detach(), updates):
+                self._base.state[tensor] = state
 
     def _own(self) -> list[Fragment]:
         """All that this process keeps."""
-        if self._partitioned:
-            mapped = ((name, p._hp_mapping) for name, p in self.model.named_parameters())  # type: ignore[attr-defined]
-            return [self._of_partition(name, mapping) for name, mapping in mapped if mapping is not None]
-        return [self._whole(name, p) for name, p in self.model.named_parameters()]
+        averages = {id(t): a for t, a in zip(self._layout.tensors, self._averages, strict=False)}
+        return [self._fragment(stretch, averages) for stretch in self._layout.stretches]
 
-    def _whole(self, name: str, parameter: nn.Parameter) -> Fragment:
-        state = self._base.state[parameter]
-        return Fragment(name, 0, {"master": parameter.data.view(-1), **{k: state[k].view(-1) for k in STATES[1:]}})
+    def _fragment(self, stretch: Stretch, averages: dict[int, Tensor]) -> Fragment:
+        state = self._base.state[stretch.tensor]
+        states = {MASTER: stretch.tensor, **{name: state[name] for name in states_of(self.config.optim)}}
+        if averages:
+            states[AVERAGE] = averages[id(stretch.tensor)]
+        return Fragment(stretch.parameter, stretch.start, {name: stretch.of(v) for name, v in states.items()})
 
-    def _of_partition(self, name: str, mapping: Any) -> Fragment:
-        flat = self._base.param_groups[mapping.param_group_index]["params"][0]
-        where = mapping.get_hp_fragment_address()
-        state = self._base.state[flat]
-        moments = {k: state[k].view(-1).narrow(0, where.start, where.numel) for k in STATES[1:]}
-        return Fragment(name, mapping.lp_fragment_address.start, {"master": mapping.hp_fragment.data, **moments})
+    @torch.no_grad()
+    def _clipped(self) -> bool:
+        """Without ZeRO: clip the gradients, which all processes have alike; False where they are not finite.
+
+        Those are taken away, so that the optimizer has nothing to do.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if bool(self._norm.isfinite()):
+            if self._clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, self._norm)
+            return True
+        self._norm = torch.full_like(self._norm, math.inf)
+        for parameter in parameters:
+            parameter.grad = None
+        return False
+
+    def _keep_exact(self, buffers: dict[str, Tensor]) -> None:
+        """DeepSpeed makes running statistics half precision, too, which loses small changes to them."""
+        for name, value in buffers.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, value)
+
+    def _taken(self) -> list[Tensor]:
+        """A copy of the buffers, which a forward pass changes and a step that is left out must not have changed."""
+        return [value.clone() for value in self._kept.values()]
+
+    def _put_back(self, values: list[Tensor]) -> None:
+        for now, before in zip(self._kept.values(), values, strict=True):
+            now.copy_(before)
+
+
+def undecayed_of(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay should spare, by the model and by each of its parts that says."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if (say := getattr(module, "undecayed", None)) is not None:
+            found |= {f"{name}.{each}" if name else each for each in say()}
+    return found
 
 
 def settings(config: Config, processes: int) -> dict[str, Any]:
     """DeepSpeed's configuration. The learning rate is not in it: it has one home, `optim/schedule.py`."""
     micro, passes = config.micro(processes), config.passes(processes)
+    zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": BUCKET}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": micro * passes * processes,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": passes,
-        "gradient_clipping": config.optim.clip,
-        "zero_optimization": {"stage": config.zero},
+        "gradient_clipping": config.optim.clip if config.zero else 0.0,  # without ZeRO the engine clips
+        "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},  # the default follows the weights, and bf16 loses small gradients
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on a CPU, too, and nothing has to be compiled
         "steps_per_print": None,
     }
 
@@ -236,4 +356,6 @@ def library(device: torch.device) -> Any:
         # every later start waits for it for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Torch's new names for what stage 3 calls by the old ones, at each call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed

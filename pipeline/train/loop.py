@@ -1,16 +1,19 @@
-"""The loop. What it does to the world it is handed: batches, objective, engine, log, validate, save."""
+"""The loop. What it does to the world it is handed: batches, objective, engine, health, log, validate, save."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from pipeline.config import Config
+from pipeline.config import Config, Optim
 from pipeline.data.loader import Batch
 from pipeline.data.plan import ends_epoch
 from pipeline.optim.schedule import learning_rate
 from pipeline.seed import number
 from pipeline.train.engine import Engine
+from pipeline.train.health import GoBack, Health
+
+Values = dict[str, float | Tensor]
 
 
 def train(
@@ -21,31 +24,80 @@ def train(
     *,
     samples: int,
     start: int,
-    log: Callable[[int, dict[str, float | Tensor]], None],
+    health: Health,
+    optim: Callable[[int], Optim],
+    log: Callable[[int, Values], None],
     validate: Callable[[int], None],
     save: Callable[[int], None],
-) -> None:
-    """Take the steps from `start` to the end of the run over a corpus of `samples` pictures.
+    stop: Callable[[int], bool],
+) -> int:
+    """Take the steps from `start` to the end of the run over a corpus of `samples` pictures; returns how many are done.
 
-    `log`, `validate` and `save` are told how many steps are done; `log` gets tensors and decides when to look at them.
+    `log`, `validate`, `save` and `stop` are told how many steps are done; `log` gets tensors and decides when to look
+    at them. Where `stop` says so on any process, the run ends within two steps, and saved. `optim` is asked what holds
+    at a step. A step that is left out moves the position in the data, but neither weights, optimizer nor schedule.
+    GoBack where a step has to be undone: what is saved is from before it.
     """
-    world, steps = engine.world, config.steps(samples)
-    passes = config.passes(world.size)
-    for step in range(start, steps):
-        rate = learning_rate(config.optim, step, steps)
-        engine.set_rate(rate)
-        # What a model draws (dropout) depends on the step and the process, not on what was drawn before.
-        engine.seed(number("step", config.seed, step, world.rank))
-        losses = []
-        for _ in range(passes):
-            value = objective(next(batches))
-            engine.backward(value)
-            engine.step()
-            losses.append(value.detach())
+    steps = config.steps(samples)
 
+    def rate(step: int) -> float:
+        return learning_rate(optim(step), step - health.skipped, steps)
+
+    for step in range(start, steps):
         done = step + 1
-        log(done, {"loss": torch.stack(losses).mean(), "gradient_norm": engine.gradient_norm, "lr": rate})
-        if ends_epoch(done, config.batch, samples) or done == steps:
+        if sick := health.to_leave_out(step):
+            for _ in range(config.passes(engine.world.size)):
+                next(batches)
+            health.settle()
+            values: Values = {"loss": sick.loss, "gradient_norm": sick.gradient_norm, "lr": rate(step)}
+            health.pass_over(sick)
+        else:
+            values = _take(config, engine, batches, objective, step, health, optim(step), rate, stop)
+        ends = ends_epoch(done, config.batch, samples) or done == steps
+        saves = done % config.save_every == 0 or config.is_milestone(done) or done == steps
+        if ends or saves or health.asked_to_stop or done % config.log_every == 0:
+            health.settle()
+        if health.to_undo:
+            raise GoBack(health.to_undo)
+        log(done, values)
+        if ends:
             validate(done)
-        if done % config.save_every == 0 or done == steps:
+        if saves or health.asked_to_stop:
             save(done)
+        if health.asked_to_stop:
+            return done
+    return steps
+
+
+def _take(
+    config: Config,
+    engine: Engine,
+    batches: Iterator[Batch],
+    objective: Callable[[Batch], Tensor],
+    step: int,
+    health: Health,
+    optim: Optim,
+    rate: Callable[[int], float],
+    stop: Callable[[int], bool],
+) -> Values:
+    """Take one step; what it gave is still on its way from the device."""
+    # What a model draws (dropout) depends on the step and the process, not on what was drawn before.
+    engine.seed(number("step", config.seed, step, engine.world.rank))
+    losses, values = [], Values()
+    for left in reversed(range(config.passes(engine.world.size))):
+        value = objective(next(batches))
+        engine.backward(value)
+        losses.append(value.detach().float())
+        if not left:
+            # The device has this step's gradients to work out while the step before it is judged.
+            health.settle()
+            values["lr"] = rate(step)
+            engine.set_rate(rate(step))
+            engine.set_clip(optim.clip)
+            engine.loss_guard(None if health.guard is None else torch.full_like(losses[0], health.guard))
+        engine.step()
+    loss = torch.stack(losses).mean()
+    loss, asked = engine.mean(torch.stack([loss, torch.full_like(loss, stop(step + 1))]))
+    left_out = torch.full_like(loss, engine.skipped)
+    health.took(step, torch.stack([loss, engine.gradient_norm, left_out, asked]))
+    return {"loss": loss, "gradient_norm": engine.gradient_norm, **values}
