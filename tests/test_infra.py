@@ -117,6 +117,20 @@ def test_a_job_that_fails_goes_on_and_one_that_is_stopped_may_save(job: dict[str
         assert pod["terminationGracePeriodSeconds"] >= int(env["RAY_JOB_STOP_WAIT_TIME_S"])
 
 
+def test_every_worker_that_goes_says_so_in_time(cluster: dict[str, Any], job: dict[str, Any]) -> None:
+    script = ROOT / "infra/preemption.py"
+    home = re.search(r"^WORKDIR (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert home and script.exists()
+    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        for container in pod["containers"]:
+            python, path, now, seconds, limit = container["lifecycle"]["preStop"]["exec"]["command"]
+            assert (python, path, now) == ("python", f"{home[1]}/infra/preemption.py", "--now")
+            assert seconds == "--seconds" and 0 < float(limit) < pod["terminationGracePeriodSeconds"]
+    *_, start, beside = cluster["worker_start_ray_commands"]
+    assert start.startswith("ray start ") and f"python {home[1]}/infra/preemption.py" in beside and beside.endswith("&")
+
+
 def test_the_job_asks_for_as_many_processes_as_its_workers_have_gpus(job: dict[str, Any]) -> None:
     words = shlex.split(job["spec"]["entrypoint"])
     gpus = sum(
