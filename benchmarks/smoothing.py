@@ -75,7 +75,8 @@ def configured(suppression: Suppression, seed: int, steps: int) -> Config:
         name="smoothing", classes=10, model=model, suppression=suppression, seed=seed, objective="softmax",
         smoothing=0.1, duration=steps, unit="steps", batch=64, micro_batch=64, zero=0, precision="fp32",
         data=Data(shards=str(SETS / "train"), lanes=16, crop_area=0.5, threads=1, cache=str(SETS.parent / "cache")),
-        augment=Augment(cutmix=1.0), optim=Optim(lr=1e-3, warmup=steps // 10, decay="cosine", weight_decay=0.05),
+        augment=Augment(cutmix=1.0),
+        optim=Optim(lr=1e-3, warmup=steps // 10, decay="cosine", end_lr=0.0, weight_decay=0.05),
     )  # fmt: skip
 
 

@@ -141,9 +141,9 @@ class Optim:
     warmup: int = 10_000
     """Steps over which the learning rate rises from 0."""
     decay: Literal["linear", "cosine", "constant", "rsqrt"] = "linear"
-    """Down to 0 or `end_lr`, or, for a length that may change, by one over the root of the step (Zhai et al. 2022)."""
+    """Down to `end_lr`, or, for a length that may change, by one over the root of the step (Zhai et al. 2022)."""
     end_lr: float = 1e-5
-    """Where the linear decay ends."""
+    """Where the linear and the cosine decay end."""
     timescale: int = 10_000
     """Of rsqrt: three times so many steps after the warm-up, the rate is the half."""
     cooldown: int = 0

@@ -228,8 +228,9 @@ def test_every_schedule_rises_from_nothing_to_its_peak_and_ends_where_it_says() 
     assert learning_rate(optim, 55, 100) == pytest.approx((0.3 + 0.01) / 2)
     assert learning_rate(optim, 100, 100) == pytest.approx(0.01)
     cosine = replace(optim, decay="cosine")
-    assert learning_rate(cosine, 55, 100) == pytest.approx(0.15)
-    assert learning_rate(cosine, 100, 100) == pytest.approx(0, abs=1e-12)
+    assert learning_rate(cosine, 55, 100) == pytest.approx((0.3 + 0.01) / 2)
+    assert learning_rate(cosine, 100, 100) == pytest.approx(0.01)
+    assert learning_rate(replace(cosine, end_lr=0.0), 40, 100) == pytest.approx(0.3 * 0.75)
     constant = replace(optim, decay="constant", warmup=0)
     assert {learning_rate(constant, step, 100) for step in range(101)} == {0.3}
 

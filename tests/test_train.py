@@ -1,5 +1,6 @@
 """Training survives: real DeepSpeed on gloo, real processes, killed with SIGKILL."""
 
+import random
 import shutil
 import socket
 import subprocess
@@ -75,11 +76,11 @@ def test_no_process_of_a_run_decodes_by_something_else_than_the_first(
     refuse_other_decoder(folder)
 
 
-def losses(place: Path, mlflow_run: str) -> list[float]:
+def losses(place: Path, mlflow_run: str, steps: int = STEPS) -> list[float]:
     """The loss of each step as MLflow has it; every step has to be there once."""
     held = MlflowClient(f"sqlite:///{place}/mlflow.db").get_metric_history(mlflow_run, "loss")
     held.sort(key=lambda metric: metric.step)
-    assert [metric.step for metric in held] == list(range(1, STEPS + 1))
+    assert [metric.step for metric in held] == list(range(1, steps + 1))
     return [metric.value for metric in held]
 
 
@@ -113,6 +114,21 @@ def test_twenty_steps_are_seven_and_a_kill_and_thirteen_whatever_the_zero_stage(
     _, folder, mlflow_run = start(place, f"killed-{zero}", processes=2, zero=zero)
     assert furthest(undisturbed[zero][0], folder) == 0.0
     assert losses(place, mlflow_run) == losses(place, undisturbed[zero][1])
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_is_killed_twenty_times_ends_as_if_nothing_had_happened(place: Path) -> None:
+    steps, draw, killed = 160, random.Random(0), 0
+    few = {"processes": 1, "duration": float(steps), "unit": "steps", "save_every": 5}
+    _, quiet, undisturbed = start(place, "long", **few)
+    for after in range(2, steps, 8):
+        code, folder, _ = start(place, "killed-often", kill_at=after + draw.randrange(6), **few)
+        assert not (folder / "export").exists()
+        killed += code != 0
+    assert killed == 20
+    _, folder, mlflow_run = start(place, "killed-often", **few)
+    assert furthest(quiet, folder) == 0.0
+    assert losses(place, mlflow_run, steps) == losses(place, undisturbed, steps)
 
 
 def test_every_zero_stage_has_the_same_losses(place: Path, undisturbed: dict[int, tuple[Path, str]]) -> None:

@@ -12,7 +12,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     which go from 0 to 1 over the first steps and from 1 to 0 over the last, and the decay is
 
     - linear: from `lr` at the end of the warm-up to `end_lr` at the last step (Dosovitskiy et al. 2021, B.1);
-    - cosine: half a period of it down to 0 (Loshchilov and Hutter 2017, equation 5, without restarts);
+    - cosine: half a period of it, from `lr` to `end_lr` (Loshchilov and Hutter 2017, equation 5, without restarts);
     - rsqrt: lr / sqrt(1 + t / timescale), t steps after the warm-up, so that the length of the run does not enter
       (Zhai et al. 2022, section 3.5, where a cooldown of 50,000 steps follows);
     - constant: `lr`.
@@ -25,7 +25,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         case "linear":
             rate = optim.end_lr + (optim.lr - optim.end_lr) * (1 - progress)
         case "cosine":
-            rate = optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+            rate = optim.end_lr + (optim.lr - optim.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
         case "rsqrt":
             rate = optim.lr / math.sqrt(1 + after / optim.timescale)
         case "constant":

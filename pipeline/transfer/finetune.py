@@ -114,7 +114,7 @@ def finetune(model: nn.Module, training: Pictures, trial: Trial, start: Exported
     protocol, count = trial.protocol, len(training.labels)
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=protocol.momentum)
-    schedule = Optim(lr=trial.rate, warmup=protocol.warmup, decay="cosine")
+    schedule = Optim(lr=trial.rate, warmup=protocol.warmup, decay="cosine", end_lr=0.0)
     model.train()
     for step in range(protocol.steps):
         torch.manual_seed(number("finetune", trial.seed, step))
