@@ -90,3 +90,14 @@ def test_every_mistake_is_answered_by_a_line(words: list[str], said: str, capsys
 def test_a_plan_of_a_transformer_needs_no_torch() -> None:
     script = "import sys; from jobs.plan import main; main(['vit_l16_in21k']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_machine_needs_a_cache_for_the_shards_of_its_lanes_and_never_more_than_the_corpus() -> None:
+    config, given = experiments.load("vit_h14_in21k"), Machines(shard_pictures=10_000, picture=1e5)
+    one, eight, all_of_them = (row(config, gpus, given) for gpus in (1, 8, 512))
+    assert one.cache_bytes == eight.cache_bytes == pytest.approx(512 * (10_000 + config.data.window) * 1e5)
+    assert all_of_them.cache_bytes == pytest.approx(8 * (10_000 + config.data.window) * 1e5)
+    few = replace(config, data=replace(config.data, samples=1_000_000))
+    assert row(few, 1, given).cache_bytes == pytest.approx(1_000_000 * 1e5)
+    unknown = replace(config, unit="steps", duration=1000.0, data=replace(config.data, samples=0))
+    assert row(unknown, 1, given).cache_bytes == one.cache_bytes

@@ -13,7 +13,7 @@ config = Config(
     name="bit_r50x1_in21k",
     classes=21_841,
     model=bit_r50x1,
-    data=Data(samples=12_400_000, lanes=512, scaling="bilinear"),
+    data=Data(samples=12_400_000, lanes=512, window=2048, scaling="bilinear"),
     optim=Optim(lr=1e-3, warmup=10_000, weight_decay=0.1, clip=1.0),
     micro_batch=128,
 )

@@ -15,7 +15,7 @@ config = Config(
     name="vit_b16_in21k",
     classes=21_841,
     model=replace(vit_b16, representation=True, dropout=0.1),
-    data=Data(samples=12_400_000, lanes=512, scaling="bilinear"),
+    data=Data(samples=12_400_000, lanes=512, window=2048, scaling="bilinear"),
     optim=Optim(lr=1e-3, warmup=10_000, weight_decay=0.03, clip=1.0),
     micro_batch=128,
 )

@@ -3,6 +3,7 @@
 Arithmetic; a transformer's needs no torch. Bytes are decimal: a gigabyte is 10^9.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -71,10 +72,10 @@ class Row:
     node_pictures_per_second: float = 0.0
     lanes: int = 0
     """Of one process."""
-    shards: int = 0
-    """That one process reads from at a time: each lane from those of its window."""
-    window_bytes: float = 0.0
-    """Of the windows of all lanes of one machine, which its cache should hold."""
+    shards: float = 0.0
+    """That one process reads from at a time: each lane from those that its window touches, on average."""
+    cache_bytes: float = 0.0
+    """Of the shards that the lanes of one machine read from at a time, which its cache should hold."""
     write_seconds: float = 0.0
     saving: float = 0.0
     """Share of the time that the run waits for its checkpoints."""
@@ -127,6 +128,11 @@ def row(config: Config, gpus: int, machines: Machines) -> Row:
     node, lanes = min(gpus, machines.node), config.data.lanes // gpus
     window = min(config.data.window, -(-config.data.samples // config.data.lanes) or config.data.window)
     write = checkpoint_bytes(config) / machines.store
+
+    def touched(lanes: int) -> float:
+        found = lanes * (1 + window / machines.shard_pictures)
+        return min(found, (config.data.samples or math.inf) / machines.shard_pictures)
+
     return Row(
         gpus=gpus,
         problem="",
@@ -139,8 +145,8 @@ def row(config: Config, gpus: int, machines: Machines) -> Row:
         pictures_per_second=config.batch / step,
         node_pictures_per_second=config.batch / step * node / gpus,
         lanes=lanes,
-        shards=lanes * -(-window // machines.shard_pictures),
-        window_bytes=node * lanes * window * machines.picture,
+        shards=touched(lanes),
+        cache_bytes=touched(node * lanes) * machines.shard_pictures * machines.picture,
         write_seconds=write,
         saving=saving(checkpoint_bytes(config) / gpus / machines.copy, write, config.save_every * step),
     )
@@ -214,7 +220,7 @@ def _of_time(rows: list[Row]) -> Table:
         "a node",
         "lanes",
         "shards",
-        "windows",
+        "cache",
         "saving",
     ]
     table = _table("time, feed and money", columns)
@@ -228,11 +234,11 @@ def _of_time(rows: list[Row]) -> Table:
             f"{row.pictures_per_second:,.0f}",
             f"{row.node_pictures_per_second:,.0f}",
             str(row.lanes),
-            str(row.shards),
-            f"{_gigabytes(row.window_bytes)} GB",
+            f"{row.shards:,.0f}",
+            f"{_gigabytes(row.cache_bytes)} GB",
             f"{row.saving:.2%}",
         )
-    table.caption = "lanes and shards of one process, windows of one machine; saving is the share of time that it costs"
+    table.caption = "lanes and shards of one process, cache of one machine; saving is the share of time that it costs"
     return table
 
 
