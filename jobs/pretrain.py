@@ -201,8 +201,8 @@ def pretrain(arguments: Arguments, processes: list[int], changes: dict[str, floa
             max_failures=arguments.max_failures,
             resize_seconds=arguments.resize_seconds,
         )
-    except BaseException:
-        log.end(uri, mlflow_run, failed=True)
+    except BaseException as error:
+        log.end(uri, mlflow_run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     about = finished(folder)
     assert about, "a run that ends well has exported its model"

@@ -216,7 +216,7 @@ def test_a_run_that_is_told_to_end_saves_first_and_goes_on_from_there_whoever_is
     again.end(130)
     third = complete(Folder(str(again.folder)))[-1]
     assert third > second
-    steps = [step for step in logged(place, "told", status="FAILED") if step % 2 == 0]
+    steps = [step for step in logged(place, "told", status="KILLED") if step % 2 == 0]
     assert steps == list(range(2, third + 1, 2)), "each of the lines that are due, once"
 
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from threading import Condition, Thread
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "vitscale"
+RunEnd = Literal["FINISHED", "FAILED", "KILLED"]
 PAUSE_SECONDS = 2.0
 GATHER_SECONDS = 5.0
 MOST_METRICS = 1000  # what MLflow takes in one request
@@ -230,12 +231,12 @@ class Trials:
                 return found
 
 
-def end(uri: str, run_id: str, *, failed: bool = False, tags: dict[str, str] | None = None) -> None:
-    """Say in MLflow that a run has ended."""
+def end(uri: str, run_id: str, status: RunEnd = "FINISHED", *, tags: dict[str, str] | None = None) -> None:
+    """Say in MLflow that a run has ended, and how; killed is one that was told to stop."""
     mlflow = client(uri)
     if tags:
         mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    mlflow.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+    mlflow.set_terminated(run_id, status)
 
 
 def _add_params(mlflow: MlflowClient, run_id: str, params: dict[str, Any]) -> None:
