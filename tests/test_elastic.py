@@ -64,11 +64,14 @@ class Elastic(Driver):
     """A run that has no end, on a cluster whose nodes are children of the test; its lines as they come."""
 
     def __init__(self, place: Path, name: str, cluster: Cluster, **changes: object) -> None:
+        # Without dropout, which every process draws for itself.
         slow = {"micro_batch": 1, "optim__lr": 1e-5, "optim__decay": "constant", "log_every": 1, "resize_seconds": 1}
+        slow["model__dropout"] = 0.0
         given: dict[str, object] = {**slow, "duration": 10**6, "tracking_uri": store(place), **changes}
         super().__init__(place, name, cluster=cluster.address, **given)
         self.said = ""
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
 
     def _listen(self) -> None:
         for line in self._process.stdout or ():
@@ -78,10 +81,13 @@ class Elastic(Driver):
         """Return when a line has said so, or when it is so."""
         limit = time.monotonic() + 240
         while True:
+            ended = self._process.poll() is not None
+            if ended:
+                self._listening.join(60)  # what was said last
             if what() if callable(what) else re.search(what, self.said):
                 return
             wrong = self._process.stderr
-            assert self._process.poll() is None, self.said + (wrong.read() if wrong else "")
+            assert not ended, self.said + (wrong.read() if wrong else "")
             assert time.monotonic() < limit, f"no {what} in {self.said}"
             time.sleep(0.05)
 
