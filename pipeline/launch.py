@@ -11,16 +11,18 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from errno import EACCES, EDQUOT, ENOSPC, EROFS
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import WorkerCallback
@@ -31,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.config import Config
 from pipeline.train.checkpoint import TakenOver
 from pipeline.train.hang import Watch
-from pipeline.train.run import Job, finished, work
+from pipeline.train.run import Job, Steps, finished, work
 from pipeline.world import World
 from shards.storage import Folder
 
@@ -100,6 +102,21 @@ class Board:
         self.at_work = False
 
 
+class Work(Protocol):
+    """What each process does, as `pipeline.train.run.work` says."""
+
+    def __call__(
+        self,
+        job: Job,
+        world: World,
+        device: torch.device,
+        say: Callable[[str], None],
+        *,
+        stop: Callable[[int], bool],
+        hang: Steps,
+    ) -> bool: ...
+
+
 def launch(
     job: Job,
     processes: Sequence[int],
@@ -108,12 +125,14 @@ def launch(
     cpus_each: int,
     max_failures: int,
     resize_seconds: float = 600.0,
+    work: Work = work,
 ) -> None:
     """Run the job to its end on the largest of these numbers of processes for which there is room, now and later.
 
     RuntimeError where more than `max_failures` starts have failed. KeyboardInterrupt after SIGTERM or SIGINT: the run
     has saved before, unless a second signal came or `GRACE_SECONDS` have passed. What the run holds decides where it
     goes on, so that a start needs nothing from the one before. Every `resize_seconds` it is looked for more room.
+    `work` is what each process does.
     """
     for name, value in PACE.items():
         os.environ.setdefault(name, value)
@@ -121,19 +140,26 @@ def launch(
         while not finished(Folder(job.folder)):
             if told.is_set():
                 raise KeyboardInterrupt
-            _fit(job, board, processes, gpus, cpus_each, max_failures, resize_seconds)
+            _fit(job, board, processes, gpus, cpus_each, max_failures, resize_seconds, work)
             if why := ray.get(board.why_given_up.remote()):
                 raise RuntimeError(f"{job.name} failed: {why}")
 
 
 def _fit(
-    job: Job, board: Any, processes: Sequence[int], gpus: bool, cpus_each: int, max_failures: int, resize: float
+    job: Job,
+    board: Any,
+    processes: Sequence[int],
+    gpus: bool,
+    cpus_each: int,
+    max_failures: int,
+    resize: float,
+    work: Work,
 ) -> None:
     """Until the processes have ended well: at the end of the run, or since they were asked to stop."""
     least, most = min(processes), max(processes)
     trainer = _Trainer(
         _work,
-        train_loop_config={"job": job, "board": board, "elastic": least < most},
+        train_loop_config={"job": job, "board": board, "elastic": least < most, "work": work},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),
@@ -252,10 +278,15 @@ class _Stop:
         found = 0
         if self._answers and ray.wait(self._answers, timeout=0)[0]:
             found, self._answers = int(ray.get(self._answers[0])), [self._board.stop_asked.remote()]
-        # Ray's own question for this makes all processes wait for each other.
-        if get_train_context().preemption_context.preemption_info is not None:
+        if leaving():
             found = max(found, LEAVING)
         return max(found, TERMINATED) if _terminated.is_set() else found
+
+
+def leaving() -> bool:
+    """Whether Ray has told this process of a run that a machine of the run is about to go."""
+    # Ray's own question for this makes all processes wait for each other.
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -282,7 +313,7 @@ def _work(settings: dict[str, Any]) -> None:
     try:
         with halving(Folder(job.folder), config, world.size):
             stop = _Stop(board, world.first)
-            ended = work(replace(job, config=config), world, device, say, stop=stop, hang=watch)
+            ended = settings["work"](replace(job, config=config), world, device, say, stop=stop, hang=watch)
     except (ValueError, OSError) as error:
         # Ray starts whatever raises again. What is wrong with the data, the configuration or the disk will be wrong
         # then, too: the next start ends at once, and whoever waits for the run is told why.
@@ -408,3 +439,28 @@ def _cause(error: BaseException) -> str:
 def has_gpus() -> bool:
     """Whether the cluster has any."""
     return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def spare_nodes(cpus: int) -> list[str]:
+    """Nodes of the cluster any one of which can go: the others have room for so many processes of one CPU each.
+
+    Neither the head, without which there is no cluster, nor the node of this process, from which runs are started.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    kept = {node["NodeID"] for node in alive if "node:__internal_head__" in node["Resources"]} | {this_node()}
+    room = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in alive}
+    return [node for node in room if node not in kept and sum(room.values()) - room[node] >= cpus]
+
+
+def this_node() -> str:
+    """The node on which this process is."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def drain(node: str, why: str, seconds: float) -> None:
+    """Tell Ray that a node will be gone in so many seconds; RuntimeError where Ray does not accept that."""
+    cluster = GcsClient(address=ray.get_runtime_context().gcs_address)
+    end = int(1000 * (time.time() + seconds))
+    accepted, rejection = cluster.drain_node(node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, why, end)
+    if not accepted:
+        raise RuntimeError(f"Ray does not give up node {node}: {rejection}")
