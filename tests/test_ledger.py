@@ -95,7 +95,7 @@ def test_what_is_lost_is_replayed_whatever_it_was_but_not_what_a_start_takes(kep
     assert account.seconds[RESTARTING] == last.seconds[RESTARTING]
     for kind in (PRODUCTIVE, WAITING, CHECKPOINTING):
         assert account.seconds[kind] == kept.seconds[kind]
-    assert resumed(kept, kept) == kept
+    assert resumed(kept, kept) == kept and resumed(last, kept) == last
 
 
 @given(ACCOUNTS)

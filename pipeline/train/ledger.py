@@ -56,8 +56,10 @@ class Account:
 def resumed(kept: Account, last: Account) -> Account:
     """The account of a start that goes on from where `kept` was written, after one that had come to `last`.
 
-    All between the two is replayed, but for the time in which nothing was done that could be lost.
+    All between the two is replayed, but for the time in which nothing was done that could be lost. A `last` from before
+    `kept` says nothing.
     """
+    last = max(kept, last, key=lambda account: (account.total, account.steps))
     spent = {kind: last.seconds[kind] - kept.seconds[kind] for kind in KINDS}
     seconds = {**kept.seconds, RESTARTING: kept.seconds[RESTARTING] + spent.pop(RESTARTING)}
     seconds[REPLAYED] += sum(spent.values())
