@@ -155,7 +155,7 @@ def test_every_record_arrives_however_many_there_are(server: Server, run: str) -
 def test_a_run_that_begins_again_is_the_same_run_whatever_else_has_changed(server: Server) -> None:
     tags = {"vitscale.kind": "pretrain", "vitscale.folder": "/runs/begun"}
     first = begin(server.uri, "begun", tags, {"lr": 0.1, "processes": 2}, same="vitscale.folder")
-    end(server.uri, first, failed=True)
+    end(server.uri, first, "FAILED")
     again = begin(server.uri, "other", tags, {"lr": 0.1, "processes": 4, "new": 1}, same="vitscale.folder")
     assert again == first
     held = MlflowClient(server.uri).get_run(first)
