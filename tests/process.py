@@ -38,7 +38,7 @@ def kill_after(step: int, folder: Folder, save_every: int) -> None:
     def deadly(meter: run.Meter, done: int, values: dict) -> None:
         log(meter, done, values)
         if done == step:
-            while step >= save_every and not complete(folder):
+            while step > save_every and not complete(folder):
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
 
