@@ -88,20 +88,18 @@ def start(folder: Path, *, deadly: bool) -> None:
 
 def prepared(folder: Path, model: str, precision: Any, batch: int) -> Config:
     """The run over a few photographs, in `folder`/run."""
-    import photographs
     from peers import sets
 
     from pipeline.track import log
     from pipeline.train.run import open_folder
     from shards.manifest import ShardSet
 
-    photographs.make(folder / "pictures", 16)
-    sets.shard_set(sets.labelled(folder / "pictures" / photographs.FULL), folder / "set", 8)
+    shards = sets.photographs(folder, 8)
     config = Config(
         name="large",
         classes=sets.CLASSES,
         model=preset(model),
-        data=Data(shards=str(folder / "set"), lanes=2, window=16, threads=1, cache=str(folder / "cache")),
+        data=Data(shards=shards, lanes=2, window=16, threads=1, cache=str(folder / "cache")),
         optim=Optim(lr=1e-4, warmup=0),
         objective="softmax",
         duration=STEPS,

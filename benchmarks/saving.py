@@ -50,8 +50,6 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 class State:
     """As much of an engine as a checkpoint asks for, with a model's parameters and moments."""
 
-    device = torch.device("cpu")
-
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.states = {
@@ -85,8 +83,8 @@ class State:
     def restored(self) -> None:
         pass
 
-    def sum(self, values: Tensor) -> Tensor:
-        return values
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
     def agree(self, value: Any) -> Any:
         return value

@@ -254,16 +254,14 @@ def matmul_rate() -> float:
 
 def prepared(folder: Path, count: int, batch: int) -> Config:
     """A run over photographs in shards under `folder`."""
-    import photographs
     from peers import sets
 
-    photographs.make(folder / "pictures", count)
-    sets.shard_set(sets.labelled(folder / "pictures" / photographs.FULL), folder / "set", count // 4)
+    shards = sets.photographs(folder, count)
     return Config(
         name="training",
         classes=sets.CLASSES,
         model=vit_ti16,
-        data=Data(shards=str(folder / "set"), lanes=4, window=count, threads=2, cache=str(folder / "cache")),
+        data=Data(shards=shards, lanes=4, window=count, threads=2, cache=str(folder / "cache")),
         optim=Optim(lr=1e-4, warmup=10, decay="constant"),
         objective="softmax",
         smoothing=0.1,

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-import photographs
 import torch
 from peers import sets
 from torch import Tensor
@@ -66,10 +65,9 @@ def main() -> None:
 
 def prepared(folder: Path, count: int, batch: int, threads: int, model: Vit) -> Config:
     """A run over photographs in shards under `folder`."""
-    photographs.make(folder / "pictures", count)
-    sets.shard_set(sets.labelled(folder / "pictures" / photographs.FULL), folder / "set", count)
+    shards = sets.photographs(folder, count)
     lanes = next(lanes for lanes in range(min(64, batch), 0, -1) if batch % lanes == 0)
-    data = Data(shards=str(folder / "set"), threads=threads, lanes=lanes, window=count, cache=str(folder / "cache"))
+    data = Data(shards=shards, threads=threads, lanes=lanes, window=count, cache=str(folder / "cache"))
     return Config("wait", sets.CLASSES, model=model, data=data, batch=batch, micro_batch=batch)
 
 

@@ -14,7 +14,7 @@ import tyro
 
 from pipeline.cli import parse, run
 from pipeline.config import Config
-from pipeline.experiments import known, load, summary
+from pipeline.experiments import listing, load
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     """Print the plan."""
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        print("Experiments:\n" + "\n".join(f"    {name:16} {summary(name)}" for name in known()))
+        print(listing())
         return
     wanted = parse(Arguments, argv[1:], default=Arguments(load(argv[0])))
     for field in fields(Arguments)[1:]:

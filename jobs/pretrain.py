@@ -18,7 +18,7 @@ import tyro
 
 from pipeline.cli import parse, run
 from pipeline.config import Config
-from pipeline.experiments import known, load, summary
+from pipeline.experiments import listing, load
 from pipeline.models import flops
 from pipeline.models.memory import memory
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     """Check everything that can be known before a machine is asked for, then run to the end."""
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        print("Experiments:\n" + "\n".join(f"    {name:16} {summary(name)}" for name in known()))
+        print(listing())
         return
     arguments = parse(Arguments, argv[1:], default=Arguments(load(argv[0])))
     config = arguments.config
@@ -80,7 +80,7 @@ def allowed(config: Config, text: str) -> list[int]:
         raise ValueError(f"--processes is {text}: the smaller number goes first, {most}:{least}")
     if least == most:
         config.check(most)
-    found = [number for number in range(max(1, least), most + 1) if _fits(config, number)]
+    found = [number for number in range(max(1, least), most + 1) if not config.problem(number)]
     if not found:
         lanes = config.data.lanes
         divisors = [number for number in range(1, lanes + 1) if lanes % number == 0]
@@ -90,14 +90,6 @@ def allowed(config: Config, text: str) -> list[int]:
             f"they do over {', '.join(map(str, divisors))}"
         )
     return found
-
-
-def _fits(config: Config, processes: int) -> bool:
-    try:
-        config.check(processes)
-    except ValueError:
-        return False
-    return True
 
 
 def changes_of(words: tuple[str, ...]) -> dict[str, float]:

@@ -256,6 +256,14 @@ class Config:
         """Whether a milestone is kept after so many steps."""
         return bool(done and self.milestone_every) and done % self.milestone_every == 0
 
+    def problem(self, processes: int) -> str:
+        """Why the run does not fit on so many processes, empty where it does."""
+        try:
+            self.check(processes)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def check(self, processes: int) -> None:
         """Raise ValueError, with numbers that would do, where the run does not fit on so many processes."""
         lanes, batch = self.data.lanes, self.batch

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 PORTS = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
 FILER = ("filer.port", "filer.port.grpc")
+
+# A Ray started by one test asks for its token in all that follow: every test has the same one, whichever goes first
+# and whatever home its processes have.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.config import Vit
+from pipeline.config import Config, Vit
 from pipeline.models.weights import exported
 from pipeline.train import checkpoint, parts
 from pipeline.train.checkpoint import COMPLETE, Checkpoints, complete, name_of, newest, restore
@@ -36,18 +36,18 @@ Log = list[str]
 
 
 class Meeting:
-    """Where the processes of a test, which are threads, add up what each has."""
+    """Where the processes of a test, which are threads, show each other what each has."""
 
     def __init__(self, size: int) -> None:
-        self.barrier, self.held = Barrier(size, timeout=60), [torch.zeros(0)] * size
+        self.barrier, self.held = Barrier(size, timeout=60), [None] * size
         self.said: Any = None
 
-    def sum(self, rank: int, values: Tensor) -> Tensor:
-        self.held[rank] = values
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.held[rank] = value
         self.barrier.wait()
-        total = torch.stack(self.held).sum(0).to(values.dtype)
+        held = list(self.held)
         self.barrier.wait()
-        return total
+        return held
 
 
 class Plain:
@@ -114,8 +114,8 @@ class Plain:
     def restored(self) -> None:
         pass
 
-    def sum(self, values: Tensor) -> Tensor:
-        return self.meeting.sum(self.world.rank, values) if self.meeting else values
+    def gather(self, value: Any) -> list[Any]:
+        return self.meeting.gather(self.world.rank, value) if self.meeting else [value]
 
     def agree(self, value: Any) -> Any:
         if not self.meeting:
@@ -133,9 +133,14 @@ def same(ours: Plain, theirs: Plain) -> bool:
     return all(torch.equal(v, there[k]) for k, v in ours.own().items()) and small and ours.updates == theirs.updates
 
 
+def every(steps: int) -> Callable[[int], bool]:
+    """After so many steps, and again after as many."""
+    return Config("tiny", 3, milestone_every=steps).is_milestone
+
+
 def save_all(folder: Folder, step: int, size: int, *, seed: int = 0, attempt: str = "one", **more: Any) -> None:
     """A checkpoint by so many processes; `more` goes to the engines or the checkpoints."""
-    names = ("keep", "milestone_every", "export", "owned")
+    names = ("keep", "milestone", "export", "owned")
     of_engine = {name: value for name, value in more.items() if name not in names}
     of_saving = {"keep": 2, **{name: value for name, value in more.items() if name in names}}
     saving = [Checkpoints(folder, World(rank, size), attempt, **of_saving) for rank in range(size)]
@@ -185,7 +190,7 @@ def test_whatever_number_saved_every_number_reads_bit_for_bit(
 
 def test_every_checkpoint_in_a_bucket_is_as_in_a_folder(s3: str) -> None:
     folder, made = Folder(s3), []
-    kwargs = {"milestone_every": 7, "export": lambda step, weights: made.append((step, weights))}
+    kwargs = {"milestone": every(7), "export": lambda step, weights: made.append((step, weights))}
     for step in (7, 8, 9):
         save_all(folder, step, 2, seed=step, **kwargs)
     assert complete(folder) == [8, 9] and [step for step, _ in made] == [7]
@@ -554,7 +559,7 @@ def test_every_milestone_stays_and_is_the_model_whatever_the_processes(folder: F
         )
 
     for step in (0, 4, 5, 6, 7, 8):
-        save_all(folder, step, 3, seed=step, keep=1, milestone_every=2, export=export, states=states)
+        save_all(folder, step, 3, seed=step, keep=1, milestone=every(2), export=export, states=states)
     assert complete(folder) == [8]
     assert (folder / "milestones").folders() == [name_of(step) for step in (4, 6, 8)]
     for step in (4, 6, 8):
@@ -572,5 +577,5 @@ def test_no_checkpoint_is_complete_before_its_milestone_is(folder: Folder) -> No
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        save_all(folder, 8, 2, milestone_every=4, export=export)
+        save_all(folder, 8, 2, milestone=every(4), export=export)
     assert complete(folder) == []

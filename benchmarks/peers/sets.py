@@ -45,6 +45,15 @@ def shard_set(pictures: Iterable[tuple[bytes, int]], target: Path, count: int) -
     _finish(target, shards)
 
 
+def photographs(folder: Path, count: int) -> str:
+    """So many photographs (photographs.py) in eight shards under `folder`; returns where the set is."""
+    import photographs
+
+    photographs.make(folder / "pictures", count)
+    shard_set(labelled(folder / "pictures" / photographs.FULL), folder / "set", count)
+    return str(folder / "set")
+
+
 def huge(target: Path) -> None:
     """A set of 14 million small pictures, all of whose shards are links to one."""
     target.mkdir()

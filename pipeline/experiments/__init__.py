@@ -21,3 +21,8 @@ def load(name: str) -> Config:
 def summary(name: str) -> str:
     """The first sentence of an experiment's docstring."""
     return (import_module(f"{__name__}.{name}").__doc__ or "").strip().splitlines()[0]
+
+
+def listing() -> str:
+    """All of them, a line each, for who asks for help."""
+    return "Experiments:\n" + "\n".join(f"    {name:16} {summary(name)}" for name in known())

@@ -120,7 +120,7 @@ def plan(config: Config, gpus: list[int], machines: Machines) -> Plan:
 
 def row(config: Config, gpus: int, machines: Machines) -> Row:
     """What the run needs on so many GPUs. With recompute, each step takes a fourth forward pass's time more."""
-    if problem := _problem(config, gpus):
+    if problem := config.problem(gpus):
         return Row(gpus, problem)
     step_flops = 1e18 * training_exaflops(config.model, config.classes, config.batch)
     step = step_flops * (4 / 3 if config.recompute else 1) / (gpus * machines.peak * machines.mfu)
@@ -166,20 +166,12 @@ def _states(config: Config, gpus: int, machines: Machines) -> list[State]:
     for zero in STAGES:
         for recompute in (False, True):
             one = replace(config, zero=zero, recompute=recompute, offload=config.offload and zero > 0)
-            if _problem(one, gpus):
+            if one.problem(gpus):
                 continue
             need = memory(one, gpus)
             fits = need.total <= machines.gpu_memory
             made.append(State(zero, recompute, need.total, need.activations, need.host, fits))
     return made
-
-
-def _problem(config: Config, gpus: int) -> str:
-    try:
-        config.check(gpus)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def show(found: Plan, console: Console) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import max_pool2d, pad, relu
 
 from pipeline.architectures.hybrid import ROOT, Hybrid
 from pipeline.models import vit
-from pipeline.models.standardised import standardise
+from pipeline.models.standardised import by_filter, standardise
 from pipeline.models.vit import PatchEmbed, VisionTransformer, lecun
 
 GROUPS = 32
@@ -27,7 +27,7 @@ _TINY = 1e-20  # beside a variance: keeps a filter of equal weights from 0 / 0, 
 
 
 class _Divided(torch.autograd.Function):
-    """Every filter of a contiguous (o, ...) less its mean, over `epsilon` beside its deviation.
+    """Every filter of (o, ...) less its mean, over `epsilon` beside its deviation.
 
     The kernels of layer norm do it in one pass each way, since what differs is a number for each filter. With y the
     result, s the deviation and z the filter less its mean over s, the slope of a weight w for the slopes g of y is
@@ -59,11 +59,7 @@ def standardised(weight: Tensor, how: Literal["deviation", "variance"]) -> Tenso
     if how == "variance":
         return standardise(weight, 1e-8)
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if exact.is_contiguous():
-        result = _Divided.apply(exact, 1e-5)
-    else:  # channels last: the order of its weights changes nothing of a filter's statistics
-        result = _Divided.apply(exact.movedim(1, -1).contiguous(), 1e-5).movedim(-1, 1)
-    return result.to(weight.dtype)
+    return by_filter(exact, lambda filters: _Divided.apply(filters, 1e-5)).to(weight.dtype)
 
 
 class Convolution(nn.Conv2d):

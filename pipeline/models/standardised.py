@@ -3,6 +3,8 @@
 Legend: o filters, i channels of a filter, k side of a filter.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
@@ -12,11 +14,17 @@ def standardise(weight: Tensor, epsilon: float) -> Tensor:
 
     One pass forward and one backward, in the weights' own memory format; statistics in fp32 also for half precision.
     """
+    return by_filter(weight, lambda filters: layer_norm(filters, filters.shape[1:], eps=epsilon))
+
+
+def by_filter(weight: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `work` makes of filters (o, ...), in the memory format of (o, i, k, k).
+
+    A filter's statistics do not know the order of its weights: channels-last ones are read as they lie.
+    """
     if weight.is_contiguous():
-        return layer_norm(weight, weight.shape[1:], eps=epsilon)
-    # A filter's statistics do not know the order of its weights: channels-last ones are read as they lie.
-    weight = weight.movedim(1, -1)  # o k k i
-    return layer_norm(weight, weight.shape[1:], eps=epsilon).movedim(-1, 1)  # o i k k
+        return work(weight)
+    return work(weight.movedim(1, -1)).movedim(-1, 1)  # o k k i, and back
 
 
 class StandardisedConv2d(nn.Conv2d):

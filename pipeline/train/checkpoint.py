@@ -38,7 +38,6 @@ PARTS_SECONDS = 900.0
 POLL_SECONDS = 0.05
 
 _SEAL = b'{"sha256": "'
-_SAID = 300  # bytes of a line that one process tells the others
 
 Export = Callable[[int, dict[str, Tensor]], None]
 
@@ -54,8 +53,6 @@ class Stateful(Protocol):
     """What a checkpoint asks of an engine; `Engine` says what each of these does."""
 
     @property
-    def device(self) -> torch.device: ...
-    @property
     def model(self) -> nn.Module: ...
     def fragments(self) -> list[Fragment]: ...
     def optimizer_steps(self) -> int: ...
@@ -65,8 +62,8 @@ class Stateful(Protocol):
     def load_buffers(self, values: dict[str, Tensor]) -> None: ...
     def load_extra(self, values: dict[str, Tensor]) -> None: ...
     def restored(self) -> None: ...
-    def sum(self, values: Tensor) -> Tensor: ...
     def agree(self, value: Any) -> Any: ...
+    def gather(self, value: Any) -> list[Any]: ...
 
 
 def name_of(step: int) -> str:
@@ -94,7 +91,7 @@ def newest(folder: Folder, world: World, engine: Stateful, say: Callable[[str], 
             record = _fill_engine(folder, step, engine)
         except Damaged as error:
             problem = error.detail
-        if problem := _first_said(engine, world, problem):
+        if problem := next(filter(None, engine.gather(problem)), ""):
             damaged[step] = f"checkpoint {name_of(step)} is damaged ({problem})"
             continue
         engine.restored()  # together, and so not before all have found it whole
@@ -151,8 +148,8 @@ class Checkpoints:
 
     `attempt` is one word for all processes of one start of the run: what a start that died has left is never taken
     for a part of a later one's checkpoint. `keep` is how many complete ones stay. `owned` says whether the run's folder
-    still is this start's: when it is not, nothing is completed or removed any more. After each `milestone_every`
-    steps process 0 gives `export` the steps and the whole weights (their moving average where there is one) with the
+    still is this start's: when it is not, nothing is completed or removed any more. Where `milestone` says so of the
+    steps, process 0 gives `export` them and the whole weights (their moving average where there is one) with the
     buffers. Without `beside` nothing is copied, and training waits until a checkpoint is written.
     """
 
@@ -163,14 +160,13 @@ class Checkpoints:
         attempt: str,
         *,
         keep: int,
-        milestone_every: int = 0,
+        milestone: Callable[[int], bool] = lambda step: False,
         export: Export | None = None,
         owned: Callable[[], bool] = lambda: True,
         beside: bool = True,
     ) -> None:
-        assert export or not milestone_every, "milestones need somebody who writes them"
         self.folder, self.world, self.attempt, self.keep = folder, world, attempt, keep
-        self.milestone_every, self.export, self.owned, self.beside = milestone_every, export, owned, beside
+        self.milestone, self.export, self.owned, self.beside = milestone, export, owned, beside
         self._saves = 0
         self._image: Image | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -212,10 +208,6 @@ class Checkpoints:
                 why = f"a checkpoint could not be written ({error.strerror or error}); the one before it stays usable"
                 raise OSError(error.errno, why, self.folder.absolute) from error
 
-    def restore(self, step: int, engine: Stateful) -> dict[str, Any]:
-        """Put the state after `step` steps into the engine; as the function of this name."""
-        return restore(self.folder, step, engine)
-
     def _write(self, image: Image, begun: _Begun) -> None:
         place = self.folder / CHECKPOINTS / name_of(begun.step)
         name = f"part-{self.world.rank:05}.{begun.word}"
@@ -233,7 +225,7 @@ class Checkpoints:
                 place.write(name, data)
                 alike[kind] = {"file": name, "sha256": sha256(data).hexdigest()}
         files = self._all_parts(place, begun.word)
-        if begun.step and self.milestone_every and begun.step % self.milestone_every == 0:
+        if self.milestone(begun.step):
             # First, so that a complete checkpoint, from which a run goes on, never lacks its milestone.
             self._check_owned()
             _milestone(place, files, begun, self.export)
@@ -302,7 +294,7 @@ def _written(image: Image, place: Folder, name: str) -> list[str]:
 
 def _milestone(place: Folder, files: list[dict[str, Any]], begun: _Begun, export: Export | None) -> None:
     """Hand on the whole weights, put together from the parts as they were written."""
-    assert export
+    assert export, "milestones need somebody who writes them"
     state = AVERAGE if any(AVERAGE in part["tensors"] for part in files) else MASTER
     whole = [Fragment(name, 0, {state: torch.zeros(shape.numel())}) for name, shape in begun.shapes.items()]
     filled = sum(fill(place, part, whole) for part in files)
@@ -399,17 +391,3 @@ def _unsealed(place: Folder, name: str) -> dict[str, Any]:
     if not whole:
         raise Damaged(place, name, "it cannot be read, or has another digest than its own")
     return record
-
-
-def _first_said(engine: Stateful, world: World, line: str) -> str:
-    """What the first of the processes that have something to say says; every process has to ask."""
-    saying = torch.zeros(world.size, dtype=torch.int32, device=engine.device)
-    saying[world.rank] = bool(line)
-    ranks = engine.sum(saying).nonzero()
-    if not len(ranks):
-        return ""
-    letters = torch.zeros(_SAID, dtype=torch.int32, device=engine.device)
-    if world.rank == int(ranks[0]):
-        said = line.encode()[:_SAID]
-        letters[: len(said)] = torch.tensor(list(said), dtype=torch.int32)
-    return bytes(engine.sum(letters).tolist()).rstrip(b"\0").decode(errors="ignore")

@@ -86,7 +86,8 @@ class Engine:
 
         Holds until it is set again; None takes it back. The same on every process.
         """
-        self._limit = None if limit is None else torch.as_tensor(limit, dtype=torch.float32, device=self.device)
+        # Filled in on the device: a copy to it would be waited for.
+        self._limit = None if limit is None else torch.full((), float(limit), device=self.device)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a pass; at the last pass of a step it is averaged over processes.
@@ -165,6 +166,13 @@ class Engine:
         if self.world.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process holds, by rank; every process has to ask."""
+        box = [value] * self.world.size
+        if self.world.size > 1:
+            dist.all_gather_object(box, value)
+        return box
 
     def buffers(self) -> dict[str, Tensor]:
         """What the model keeps beside its weights, such as running means, on the CPU."""

@@ -39,20 +39,17 @@ def train(
     GoBack where a step has to be undone: what is saved is from before it.
     """
     steps = config.steps(samples)
-
-    def rate(step: int) -> float:
-        return learning_rate(optim(step), step - health.skipped, steps)
-
     for step in range(start, steps):
-        done = step + 1
+        done, chosen = step + 1, optim(step)
         if sick := health.to_leave_out(step):
             for _ in range(config.passes(engine.world.size)):
                 next(batches)
             health.settle()
-            values: Values = {"loss": sick.loss, "gradient_norm": sick.gradient_norm, "lr": rate(step)}
+            rate = learning_rate(chosen, step - health.skipped, steps)
+            values: Values = {"loss": sick.loss, "gradient_norm": sick.gradient_norm, "lr": rate}
             health.pass_over(sick)
         else:
-            values = _take(config, engine, batches, objective, step, health, optim(step), rate, stop)
+            values = _take(config, engine, batches, objective, step, steps, health, chosen, stop)
         ends = ends_epoch(done, config.batch, samples) or done == steps
         saves = done % config.save_every == 0 or config.is_milestone(done) or done == steps
         if ends or saves or health.asked_to_stop or done % config.log_every == 0:
@@ -75,15 +72,15 @@ def _take(
     batches: Iterator[Batch],
     objective: Callable[[Batch], Tensor],
     step: int,
+    steps: int,
     health: Health,
     optim: Optim,
-    rate: Callable[[int], float],
     stop: Callable[[int], bool],
 ) -> Values:
     """Take one step; what it gave is still on its way from the device."""
     # What a model draws (dropout) depends on the step and the process, not on what was drawn before.
     engine.seed(number("step", config.seed, step, engine.world.rank))
-    losses, values = [], Values()
+    losses, rate = [], 0.0
     for left in reversed(range(config.passes(engine.world.size))):
         value = objective(next(batches))
         engine.backward(value)
@@ -91,13 +88,13 @@ def _take(
         if not left:
             # The device has this step's gradients to work out while the step before it is judged.
             health.settle()
-            values["lr"] = rate(step)
-            engine.set_rate(rate(step))
+            rate = learning_rate(optim, step - health.skipped, steps)
+            engine.set_rate(rate)
             engine.set_clip(optim.clip)
-            engine.loss_guard(None if health.guard is None else torch.full_like(losses[0], health.guard))
+            engine.loss_guard(health.guard)
         engine.step()
     loss = torch.stack(losses).mean()
     loss, asked = engine.mean(torch.stack([loss, torch.full_like(loss, stop(step + 1))]))
     left_out = torch.full_like(loss, engine.skipped)
     health.took(step, torch.stack([loss, engine.gradient_norm, left_out, asked]))
-    return {"loss": loss, "gradient_norm": engine.gradient_norm, **values}
+    return {"loss": loss, "gradient_norm": engine.gradient_norm, "lr": rate}

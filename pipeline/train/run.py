@@ -270,7 +270,7 @@ class Start:
             world,
             self.attempt,
             keep=self.config.keep,
-            milestone_every=self.config.milestone_every,
+            milestone=self.config.is_milestone,
             export=self._milestone,
             owned=lambda: owns(self.folder, self.attempt),
             beside=self.config.save_beside,
