@@ -731,7 +731,8 @@ def test_the_tasks_are_those_of_the_paper_and_every_one_has_its_thousand() -> No
         assert list(dataset.splits) == ["train800", "val200", "test"]
         assert (dataset.splits["train800"], dataset.splits["val200"]) == (800, 200)
         assert dataset.licence and dataset.citation and dataset.source
-    assert sum(dataset.classes for dataset in vtab.DATASETS if isinstance(dataset.classes, int)) == 940
+        assert isinstance(dataset.classes, tuple) and len(set(dataset.classes)) == len(dataset.classes)
+    assert sum(len(dataset.classes) for dataset in vtab.DATASETS if isinstance(dataset.classes, tuple)) == 940
     assert sum(dataset.splits["test"] or 0 for dataset in vtab.DATASETS) == 387_904
 
 
@@ -747,7 +748,9 @@ def test_a_task_whose_lists_do_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vtab_kitti/test has 3 classes, 4 expected"):
         (tmp_path / "kitti" / "test.txt").write_text("a.jpg 1\nb.jpg 2\nc.jpg 0\n")
         small.pictures("test", origin(tmp_path, "a", "b", "c"))
-    with pytest.raises(FileNotFoundError, match=r"elsewhere/test\.txt does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"elsewhere holds neither .* of vtab-1k there is neither kitti/test\.txt"
+    ):
         small.pictures("test", origin(tmp_path / "elsewhere"))
     with pytest.raises(ValueError, match="vtab_kitti needs --source: the folder vtab-1k, or kitti in it"):
         small.pictures("test", Origin())

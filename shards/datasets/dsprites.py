@@ -1,7 +1,7 @@
 """Two tasks of VTAB on dSprites (Zhai et al. 2019, appendix A): where a shape lies, and how it is turned.
 
-VTAB trains on 80 of a hundred pictures, chooses by 10 and tests on 10, in the order that TensorFlow Datasets gives
-them. That order is not to be had without that package, so these splits have VTAB's sizes, not its pictures.
+VTAB trains on 80 of a hundred pictures, chooses by 10 and tests on 10, in the order in which TensorFlow Datasets keeps
+them (`shards.sources.tfds`).
 """
 
 from collections.abc import Callable
@@ -10,9 +10,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.chance import permuted
 from shards.datasets import Dataset
-from shards.sources import Origin, sprites
+from shards.sources import Origin, sprites, tfds
 
 COUNT = 737_280
 EDGES = {"train": (0, 80), "val": (80, 90), "test": (90, 100)}
@@ -24,14 +23,19 @@ Task = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 def numbers(split: str, count: int) -> NDArray[np.int64]:
     """Which of `count` pictures belong to a split, the same for both tasks."""
     first, last = (count * edge // 100 for edge in EDGES[split])
-    return permuted(np.arange(first, last), count, "dsprites")
+    return tfds.order("train", range(count))[first:last]
 
 
 def read(task: Task, split: str, origin: Origin) -> sprites.Sprites:
     """The pictures of a split, 64 x 64, labelled by a task."""
+    found = every(task, split, origin)
+    return found.take(numbers(split, len(found)))
+
+
+def every(task: Task, split: str, origin: Origin) -> sprites.Sprites:
+    """All pictures in the order of the file, whatever the split."""
     bits, factors = sprites.read(origin.source)
-    chosen = numbers(split, len(bits))
-    return sprites.Sprites(chosen, bits[chosen], task(factors[chosen]))
+    return sprites.Sprites(np.arange(len(bits)), bits, task(factors))
 
 
 def _names(factor: int, what: str) -> tuple[str, ...]:
@@ -40,6 +44,9 @@ def _names(factor: int, what: str) -> tuple[str, ...]:
     binned = np.arange(count) * sprites.BINS // count
     groups = [np.flatnonzero(binned == group) for group in range(sprites.BINS)]
     return tuple(f"{what} {group[0]} to {group[-1]} of {count}" for group in groups)
+
+
+PLACES, ANGLES = _names(4, "place"), _names(3, "angle")
 
 
 def _dataset(name: str, what: str, task: Task, classes: tuple[str, ...]) -> Dataset:
@@ -60,12 +67,12 @@ DATASETS = (
         "dsprites_location",
         "how far from the left a white shape lies, 64 x 64, grey",
         sprites.location,
-        _names(4, "place"),
+        PLACES,
     ),
     _dataset(
         "dsprites_orientation",
         "how a white shape is turned, 64 x 64, grey",
         sprites.orientation,
-        _names(3, "angle"),
+        ANGLES,
     ),
 )

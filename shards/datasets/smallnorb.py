@@ -15,6 +15,9 @@ from shards.storage import Folder
 
 Task = Callable[[norb.Views], NDArray[np.int64]]
 
+AZIMUTHS = tuple(f"{angle} degrees" for angle in range(0, 360, 20))
+ELEVATIONS = tuple(f"{angle} degrees" for angle in range(30, 75, 5))
+
 
 def azimuth(views: norb.Views) -> NDArray[np.int64]:
     """The side that a toy is seen from, as a class."""
@@ -32,13 +35,13 @@ def read(task: Task, split: str, origin: Origin) -> Arrays:
     return Arrays([f"{split}-{number:05}" for number in range(len(found.pixels))], found.pixels, task(found))
 
 
-def _dataset(name: str, what: str, task: Task, degrees: range) -> Dataset:
+def _dataset(name: str, what: str, task: Task, classes: tuple[str, ...]) -> Dataset:
     return Dataset(
         name=name,
         what=what,
         licence="research; not to be sold",
         citation="LeCun, Huang and Bottou 2004, Learning Methods for Generic Object Recognition, CVPR",
-        classes=tuple(f"{angle} degrees" for angle in degrees),
+        classes=classes,
         splits={"train": 24_300, "test": 24_300},
         read=partial(read, task),
         source=f"the folder that holds {norb.FILES['train']}-dat.mat.gz, …-info.mat.gz and those of the test",
@@ -46,6 +49,6 @@ def _dataset(name: str, what: str, task: Task, degrees: range) -> Dataset:
 
 
 DATASETS = (
-    _dataset("smallnorb_azimuth", "the side a toy is seen from, 96 x 96, grey", azimuth, range(0, 360, 20)),
-    _dataset("smallnorb_elevation", "the height a toy is seen from, 96 x 96, grey", elevation, range(30, 75, 5)),
+    _dataset("smallnorb_azimuth", "the side a toy is seen from, 96 x 96, grey", azimuth, AZIMUTHS),
+    _dataset("smallnorb_elevation", "the height a toy is seen from, 96 x 96, grey", elevation, ELEVATIONS),
 )
