@@ -64,14 +64,15 @@ def process(folder: Path, deadly: bool) -> None:
     import torch.distributed as dist
 
     from pipeline.train import engine, run
+    from pipeline.train.folder import CONFIG, Job
     from pipeline.world import World
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
     dist.init_process_group("gloo")
     world, device = World(dist.get_rank(), dist.get_world_size()), torch.device("cpu")
     engine.library(device)
-    config = from_dict(json.loads((folder / run.CONFIG).read_text()))
-    job = run.Job(config, str(folder), f"sqlite:///{folder}/mlflow.db", (folder / "mlflow-run").read_text(), "large")
+    config = from_dict(json.loads((folder / CONFIG).read_text()))
+    job = Job(config, str(folder), f"sqlite:///{folder}/mlflow.db", (folder / "mlflow-run").read_text(), "large")
     watched = Watched(folder, world.rank, deadly)
     run.work(job, world, device, print, hang=watched)
     watched.tell("ends")
@@ -91,7 +92,7 @@ def prepared(folder: Path, model: str, precision: Any, batch: int) -> Config:
     from peers import sets
 
     from pipeline.track import log
-    from pipeline.train.run import open_folder
+    from pipeline.train.folder import open_folder
     from shards.manifest import ShardSet
 
     shards = sets.photographs(folder, 8)

@@ -10,7 +10,9 @@ Everything is seen from outside: the processes that come and go, and the checkpo
     after SIGKILL       noticed (until the processes of the old start are gone) · Train (until those of the new one
                         are there) · work
 
-`bare` is what of it no launcher can spare: the imports of a process of the run, alone. Last line: all as JSON.
+`bare` is what of it no launcher can spare: the imports of a process of the run, alone. `cpu_first` and `cpu_next` are
+the seconds that processors worked for all of its processes together, which say more where the machine has other work.
+Last line: all as JSON.
 """
 
 import argparse
@@ -69,6 +71,17 @@ def named(driver: psutil.Process, name: str) -> set[psutil.Process]:
     return found
 
 
+def worked(driver: psutil.Process) -> dict[psutil.Process, float]:
+    """Seconds that processors have worked for the driver and for each of its descendants that live."""
+    found = {}
+    for process in [driver, *driver.children(recursive=True)]:
+        try:
+            found[process] = sum(process.cpu_times()[:2])
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
 def round_of(folder: Path) -> dict[str, float]:
     """One run, from its start to the step after one of its processes was killed."""
     words = {**TINY, "data.shards": folder / "set", "to": folder / "runs", "run": "run"}
@@ -86,13 +99,15 @@ def round_of(folder: Path) -> dict[str, float]:
         found["first_ray"] = clock.until(lambda: bool(named(driver, "TrainController")))
         found["first_train"] = clock.until(lambda: len(named(driver, "RayTrainWorker")) == 2)
         found["first_work"] = clock.until(lambda: newest() > 0)
+        found["cpu_first"] = sum(worked(driver).values())
         old = named(driver, "RayTrainWorker")
-        clock, before = Clock(), newest()
+        clock, already = Clock(), worked(driver)
         old.copy().pop().kill()
         found["next_noticed"] = clock.until(lambda: not any(process.is_running() for process in old))
         before = newest()
         found["next_train"] = clock.until(lambda: len(named(driver, "RayTrainWorker") - old) == 2)
         found["next_work"] = clock.until(lambda: newest() > before)
+        found["cpu_next"] = sum(seconds - already.get(one, 0.0) for one, seconds in worked(driver).items())
     finally:
         for process in [*driver.children(recursive=True), driver]:
             process.kill()
@@ -125,7 +140,8 @@ def main() -> None:
         parts = ", ".join(
             f"{name.partition('_')[2]} {v:.1f}" for name, v in told.items() if name.startswith(f"{kind}_")
         )
-        print(f"{'to the first step' if kind == 'first' else 'after SIGKILL'}: {told[kind]:.1f} s: {parts}")
+        name = "to the first step" if kind == "first" else "after SIGKILL"
+        print(f"{name}: {told[kind]:.1f} s: {parts}; processors {told[f'cpu_{kind}']:.1f} s")
     print(json.dumps({"benchmark": "starting", "rounds": rounds, **told}))
 
 

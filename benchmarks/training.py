@@ -99,6 +99,7 @@ def contestant(kind: str, folder: Path, port: int, steps: int, threads: int) -> 
 def ours(config: Config, folder: Path, port: int, steps: int) -> None:
     """The run as it is, which takes its turns where it logs a step."""
     from pipeline.train import run
+    from pipeline.train.folder import Job
     from pipeline.world import World
 
     if not dist.is_initialized():
@@ -112,7 +113,7 @@ def ours(config: Config, folder: Path, port: int, steps: int) -> None:
     run.Meter.log = in_turns  # type: ignore[method-assign]
     uri = f"sqlite:///{folder}/mlflow.db"
     mlflow_run = begin(uri, folder) if turns.first else ""
-    job = run.Job(config, str(folder), uri, mlflow_run, folder.name)
+    job = Job(config, str(folder), uri, mlflow_run, folder.name)
     run.work(job, World(dist.get_rank(), dist.get_world_size()), torch.device("cpu"), lambda line: None)
 
 

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config
     from pipeline.data.loader import Batch
-    from pipeline.train.run import Job, Steps
+    from pipeline.train.folder import Job
+    from pipeline.train.run import Steps
     from pipeline.world import World
     from shards.storage import Folder
 
@@ -169,7 +170,7 @@ class Place:
     def job(self, name: str) -> "Job":
         """The run of this name, begun in its folder and in MLflow."""
         from pipeline.track import log
-        from pipeline.train.run import Job, open_folder
+        from pipeline.train.folder import Job, open_folder
 
         folder = open_folder(self.config, (self.folder / "runs" / name).absolute, {"training": self.root})
         tags = {"vitscale.kind": "drill", "vitscale.run": name, "vitscale.folder": folder.absolute}

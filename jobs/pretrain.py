@@ -12,6 +12,7 @@ after it was told: env_vars {RAY_JOB_STOP_SIGNAL: SIGINT, RAY_JOB_STOP_WAIT_TIME
 
 import sys
 from dataclasses import asdict, dataclass, replace
+from threading import Thread
 from typing import Annotated
 
 import tyro
@@ -142,11 +143,17 @@ def flat(values: dict[str, object], path: str = "") -> dict[str, object]:
 
 def pretrain(arguments: Arguments, processes: list[int], changes: dict[str, float]) -> None:
     """Run to the end, on the cluster or on this machine, on one of these numbers of processes."""
-    from pipeline.launch import has_gpus, launch
     from pipeline.track import log
     from pipeline.track.runs import check, tracking_uri
-    from pipeline.train.objective import teacher_of
-    from pipeline.train.run import Job, finish_metrics, finished, open_folder, refuse_another, refuse_misfits
+    from pipeline.train.folder import (
+        Job,
+        finish_metrics,
+        finished,
+        open_folder,
+        refuse_another,
+        refuse_misfits,
+        roots_of,
+    )
     from shards.cluster import connect, require
     from shards.storage import Folder
 
@@ -155,23 +162,25 @@ def pretrain(arguments: Arguments, processes: list[int], changes: dict[str, floa
     uri = tracking_uri(arguments.tracking_uri or None)
     training, validation = refuse_misfits(config, processes[0])
     check(uri)
-    roots = {"training": training.root, **({"validation": validation.root} if validation else {})}
-    if config.distillation.teacher:
-        roots["teacher"] = teacher_of(config).digest
+    roots = roots_of(config, training, validation)
     refuse_another(config, folder, roots)
     if about := finished(folder):
         finish_metrics(folder, uri)
         print(f"{name} is finished: {result(about)}; {folder.absolute}/export")
         return
     folder.check_writable()
+    # Ray takes seconds to start, in which MLflow can be imported, which takes one.
+    Thread(target=log.client, args=(uri,), daemon=True).start()
     connect()
+    from pipeline.launch import has_gpus, launch
+
     gpus = has_gpus()
     least = processes[0]
     needed = {"CPU": float(least * arguments.cpus_each), **({"GPU": least} if gpus else {})}
     require(needed, f"{name} on {least} processes", wait_s=arguments.wait_for_resources)
     open_folder(config, folder.absolute, roots)
     if changes:
-        from pipeline.train.run import record_change
+        from pipeline.train.folder import record_change
 
         step = record_change(folder, config, changes)
         print(f"{name}: {', '.join(f'{field}={value:g}' for field, value in changes.items())} from step {step:,} on")
@@ -214,7 +223,8 @@ def located(config: Config) -> Config:
     learnt = config.distillation
     if learnt.teacher:
         learnt = replace(learnt, teacher=Folder(learnt.teacher).absolute)
-    return replace(config, data=replace(data, **found), distillation=learnt)
+    start = Folder(config.start).absolute if config.start else ""
+    return replace(config, data=replace(data, **found), distillation=learnt, start=start)
 
 
 def result(about: dict) -> str:

@@ -20,6 +20,10 @@ class Data:
     """Share of each of several sets in every step, in any unit; without them each picture comes once an epoch."""
     validation: str = ""
     """Folder or URL of the shard set to validate on after each epoch; none if empty."""
+    part: tuple[int, int] = (0, 100)
+    """Which hundredths of each set to train on, from the first to below the last: 0 99 leaves out the last one."""
+    validation_part: tuple[int, int] = (0, 100)
+    """Which hundredths of the validation set to look at: with 99 100 of the same set, those that 0 99 leaves out."""
     samples: int = 0
     """Pictures expected in the set, to plan with before it is there; what counts is its manifest."""
     lanes: int = 64
@@ -28,12 +32,15 @@ class Data:
     """Pictures of a lane that are shuffled together."""
     crop_area: float = 0.05
     """Smallest share of a picture's area that a crop keeps; 1 keeps the whole picture."""
+    crop_side: float = 0.0
+    """Share of each side that every crop keeps, at a random place (BiT, appendix F); 0 for crops by area."""
     scaling: Literal["antialiased", "bilinear"] = "antialiased"
     """How crops are scaled: by a triangle as wide as the scale, or by two neighbours along each axis (the paper's)."""
     flip: bool = True
     """Mirror half of the pictures left to right."""
     eval_crop: float = 0.875
-    """Share of the shorter side that evaluation looks at, in the middle; 7/8 is the paper's 224 of 256."""
+    """Share of the shorter side that evaluation looks at, in the middle; 7/8 is the paper's 224 of 256. 0 looks at the
+    whole picture, whatever its shape."""
     threads: int = 4
     """Threads of each process that decode; they do not change what comes out."""
     cache: str = ""
@@ -140,10 +147,13 @@ class Optim:
     lr: float = 1e-3
     warmup: int = 10_000
     """Steps over which the learning rate rises from 0."""
-    decay: Literal["linear", "cosine", "constant", "rsqrt"] = "linear"
-    """Down to `end_lr`, or, for a length that may change, by one over the root of the step (Zhai et al. 2022)."""
+    decay: Literal["linear", "cosine", "constant", "rsqrt", "steps"] = "linear"
+    """Down to `end_lr`; for a length that may change, by one over the root of the step (Zhai et al. 2022); or to a
+    tenth after each of the `boundaries` (Kolesnikov et al. 2020)."""
     end_lr: float = 1e-5
     """Where the linear and the cosine decay end."""
+    boundaries: tuple[int, ...] = ()
+    """Of steps: after each of these, the rate is a tenth."""
     timescale: int = 10_000
     """Of rsqrt: three times so many steps after the warm-up, the rate is the half."""
     cooldown: int = 0
@@ -193,6 +203,9 @@ class Config:
     suppression: Suppression = field(default_factory=lambda: Suppression(cosine=0.0, contrastive=0.0, mixing=0.0))
     optim: Optim = field(default_factory=Optim)
     health: Health = field(default_factory=Health)
+    start: str = ""
+    """Folder or URL of a run, a milestone or an export whose weights the run starts from, with a new head and at the
+    size of its own pictures; chance if empty."""
     objective: Literal["sigmoid", "softmax", "masked"] = "sigmoid"
     """Cross-entropy of each class for itself (ImageNet-21k), or of one class among all; or, without labels, masked
     patch prediction (Dosovitskiy et al. 2021, B.1.2)."""
@@ -226,6 +239,9 @@ class Config:
     """Checkpoints kept."""
     milestone_every: int = 0
     """Steps from one milestone to the next: weights that are kept for ever, to fine-tune from; 0 for none."""
+    probe: bool = True
+    """At each milestone, where there is a validation set: how well a linear model on its features tells a few classes
+    apart, from five pictures of each."""
     log_every: int = 10
     """Steps from one line in MLflow to the next; each is the mean over them."""
 
@@ -290,6 +306,7 @@ class Config:
             )
         self._check_engine()
         self._check_optim()
+        self._check_boundaries()
         self.model.check()
         self._check_distillation()
         self._check_suppression()
@@ -336,14 +353,22 @@ class Config:
             if not 0 <= share < 1:
                 raise ValueError(f"optim.{what} is {share}; it is a share that is kept, at least 0 and below 1")
 
+    def _check_boundaries(self) -> None:
+        found = self.optim.boundaries
+        if bool(found) != (self.optim.decay == "steps") or list(found) != sorted({max(1, each) for each in found}):
+            raise ValueError(f"optim.boundaries are {list(found)}: decay steps has some, rising, and others have none")
+
     def _check_distillation(self) -> None:
         chosen = self.distillation
         if not 0 <= chosen.alpha <= 1:
             raise ValueError(f"distillation.alpha is {chosen.alpha}; it is the teacher's share of the loss, 0 to 1")
         if not chosen.temperature > 0:
             raise ValueError(f"distillation.temperature is {chosen.temperature}; it is above 0")
-        if getattr(self.model, "distillation", False) and not chosen.teacher:
-            raise ValueError("a model with a distillation token needs distillation.teacher, or model.distillation off")
+        if getattr(self.model, "distillation", False) and not (chosen.teacher or self.start):
+            raise ValueError(
+                "a model with a distillation token needs distillation.teacher, a start, after which both heads learn "
+                "the same, or model.distillation off"
+            )
 
     def _check_suppression(self) -> None:
         chosen = self.suppression
@@ -395,6 +420,12 @@ class Config:
             raise ValueError(f"augment.magnitude is {self.augment.magnitude}; {self.augment.space} goes up to {most:g}")
         if not 0 <= self.augment.erase <= 1:
             raise ValueError(f"augment.erase is {self.augment.erase}; it is a share of the pictures, from 0 to 1")
+        for what, (first, last) in (("part", self.data.part), ("validation_part", self.data.validation_part)):
+            if not 0 <= first < last <= 100:
+                raise ValueError(f"data.{what} is {first} {last}; hundredths go from 0 to 100, the smaller first")
+        for what, share in (("crop_side", self.data.crop_side), ("eval_crop", self.data.eval_crop)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"data.{what} is {share}; it is a share of a side, from 0 to 1")
         if not 0 < self.data.crop_area <= 1:
             raise ValueError(
                 f"data.crop_area is {self.data.crop_area}; it is a share of the area, above 0 and at most 1"

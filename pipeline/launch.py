@@ -7,38 +7,48 @@ again, as many as there is room for, unless the run was to stop.
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from errno import EACCES, EDQUOT, ENOSPC, EROFS
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 import ray.train
-import ray.train.torch
-import torch
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.cloudpickle import dumps  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+from ray.train.v2._internal.util import TrainingFramework
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
-from pipeline.train.checkpoint import TakenOver
+from pipeline.train.board import DEMANDED, LEAVING, MORE, REASONS, TERMINATED, Board
+from pipeline.train.folder import Job, finished
 from pipeline.train.hang import Watch
-from pipeline.train.run import Job, Steps, finished, work
 from pipeline.world import World
 from shards.storage import Folder
 
+# torch takes seconds to import, and neither whoever starts a run nor Ray's controller of it needs any.
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.train.run import Steps
+
 POLL_SECONDS = 0.5
 COLLECTIVE_SECONDS = 600
+PART_SECONDS = 30
 LOOK_SECONDS = 0.5
 ANSWER_SECONDS = 2.0
 GRACE_SECONDS = 110.0
@@ -46,60 +56,6 @@ MICRO_BATCH = "micro_batch"
 
 # Ray looks every two seconds whether a process has died, and every five whether a node is about to go.
 PACE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
-
-# Why processes stop after a step: of several reasons the last counts.
-REASONS = ("", "there is room for more processes", "a process was told to end", "a machine is about to go", "on demand")
-MORE, TERMINATED, LEAVING, DEMANDED = range(1, len(REASONS))
-
-
-class Board:
-    """Where the processes of a run and whoever started it leave word for each other."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.hopeless = ""
-        self.starts = 0
-        self.stop = 0
-        self.at_work = False
-
-    def say(self, line: str) -> None:
-        """Leave a line."""
-        self.lines.append(line)
-
-    def take(self) -> list[str]:
-        """The lines since the last call."""
-        taken, self.lines = self.lines, []
-        return taken
-
-    def give_up(self, why: str, start: int = 0) -> None:
-        """Say that another start would fail as this one has; not heard of one that is not the last."""
-        if start in (0, self.starts):
-            self.hopeless = self.hopeless or why
-
-    def why_given_up(self) -> str:
-        """What was said so first, empty where nothing was."""
-        return self.hopeless
-
-    def ask_to_stop(self, reason: int) -> bool:
-        """Have the processes stop after a step, for one of `REASONS`; whether any is at work."""
-        self.stop = max(self.stop, reason)
-        return self.at_work
-
-    def stop_asked(self) -> int:
-        """The reason for which the processes are to stop, 0 for none."""
-        return self.stop
-
-    def begin(self, first: bool) -> int:
-        """The number of this start, told its first process and then the others; 0 where they are not to work."""
-        self.starts += first
-        # What a start before was asked for another reason is done by its end, whatever that was.
-        self.stop = DEMANDED if self.stop == DEMANDED else 0
-        self.at_work = not self.hopeless and not self.stop
-        return max(1, self.starts) if self.at_work else 0
-
-    def leave(self) -> None:
-        """The processes have come to an end: of the run, or because they were asked."""
-        self.at_work = False
 
 
 class Work(Protocol):
@@ -109,11 +65,11 @@ class Work(Protocol):
         self,
         job: Job,
         world: World,
-        device: torch.device,
+        device: "torch.device",
         say: Callable[[str], None],
         *,
         stop: Callable[[int], bool],
-        hang: Steps,
+        hang: "Steps",
     ) -> bool: ...
 
 
@@ -125,15 +81,16 @@ def launch(
     cpus_each: int,
     max_failures: int,
     resize_seconds: float = 600.0,
-    work: Work = work,
+    work: Work | None = None,
 ) -> None:
     """Run the job to its end on the largest of these numbers of processes for which there is room, now and later.
 
     RuntimeError where more than `max_failures` starts have failed. KeyboardInterrupt after SIGTERM or SIGINT: the run
     has saved before, unless a second signal came or `GRACE_SECONDS` have passed. What the run holds decides where it
     goes on, so that a start needs nothing from the one before. Every `resize_seconds` it is looked for more room.
-    `work` is what each process does.
+    `work` is what each process does, `pipeline.train.run.work` if None.
     """
+
     for name, value in PACE.items():
         os.environ.setdefault(name, value)
     with _signals() as told, _board(told) as board:
@@ -153,14 +110,15 @@ def _fit(
     cpus_each: int,
     max_failures: int,
     resize: float,
-    work: Work,
+    work: Work | None,
 ) -> None:
     """Until the processes have ended well: at the end of the run, or since they were asked to stop."""
     least, most = min(processes), max(processes)
     trainer = _Trainer(
         _work,
-        train_loop_config={"job": job, "board": board, "elastic": least < most, "work": work},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
+        # Pickled, so that only the processes of the run import what it takes.
+        train_loop_config={"run": dumps((job, work)), "board": board, "elastic": least < most},
+        backend_config=_Gang(gpus),
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),
             use_gpu=gpus,
@@ -178,7 +136,57 @@ def _fit(
         raise RuntimeError(f"{job.name} failed: {_cause(error)}") from error
 
 
-class _Trainer(TorchTrainer):
+@dataclass
+class _Gang(BackendConfig):
+    """The processes of a run are one group of torch.distributed, with NCCL on GPUs and gloo without.
+
+    Ray's own TorchConfig does the same, and has to import torch where the run is started and where it is controlled.
+    """
+
+    gpus: bool
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Meeting
+
+    @property
+    def framework(self) -> Any:
+        return TrainingFramework.TORCH
+
+
+class _Meeting(Backend):
+    """How the processes come together, and part."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_join, address, port, backend_config.gpus)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        parted = worker_group.execute_async(_part)
+        ray.wait(parted, num_returns=len(parted), timeout=PART_SECONDS)  # one that has died does not matter
+
+
+def _join(address: str, port: int, gpus: bool) -> None:
+    """Make this process one of the group, which meets there."""
+    from ray.train.torch import config
+
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    config._set_torch_distributed_env_vars()
+    context, backend = ray.train.get_context(), "nccl" if gpus else "gloo"
+    rank, size = context.get_world_rank(), context.get_world_size()
+    config._setup_torch_process_group(backend, rank, size, "env://", COLLECTIVE_SECONDS)
+
+
+def _part() -> None:
+    """Leave the group."""
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=True)
+
+
+class _Trainer(DataParallelTrainer):
     """Ray's trainer, as this project needs it: numbers of processes that fit, signals that save, no idle waiting."""
 
     allowed: Sequence[int]
@@ -193,12 +201,14 @@ class _Trainer(TorchTrainer):
         """Ray's would kill the processes; `_signals` lets them save."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        found = [*super()._create_default_callbacks(), _Sigterm()]
+        # Ray's data sets, of which a run has none, would have a process of their own.
+        needless = {"DatasetsCallback"}
         # A watcher asks the dashboard whether the run is alive, to give its resources back if not. A Ray of our own
         # has no dashboard and ends with the run, and stopping the watcher there takes twelve seconds each time.
-        if "RAY_ADDRESS" in os.environ:
-            return found
-        return [callback for callback in found if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        if "RAY_ADDRESS" not in os.environ:
+            needless.add("PlacementGroupCleanerCallback")
+        found = [*super()._create_default_callbacks(), _Sigterm()]
+        return [callback for callback in found if type(callback).__name__ not in needless]
 
 
 class _Room(ElasticScalingPolicy):
@@ -291,12 +301,18 @@ def leaving() -> bool:
 
 def _work(settings: dict[str, Any]) -> None:
     """What Ray runs in each process."""
-    board, job = settings["board"], settings["job"]
+    import torch
+    from ray.train.torch import get_device
+
+    from pipeline.train import run
+    from pipeline.train.checkpoint import TakenOver
+
+    board, (job, work) = settings["board"], pickle.loads(settings["run"])
     context = ray.train.get_context()
     if not (start := ray.get(board.begin.remote(context.get_world_rank() == 0))):
         return
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
-    device = ray.train.torch.get_device()
+    device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -313,7 +329,7 @@ def _work(settings: dict[str, Any]) -> None:
     try:
         with halving(Folder(job.folder), config, world.size):
             stop = _Stop(board, world.first)
-            ended = settings["work"](replace(job, config=config), world, device, say, stop=stop, hang=watch)
+            ended = (work or run.work)(replace(job, config=config), world, device, say, stop=stop, hang=watch)
     except (ValueError, OSError) as error:
         # Ray starts whatever raises again. What is wrong with the data, the configuration or the disk will be wrong
         # then, too: the next start ends at once, and whoever waits for the run is told why.
@@ -349,6 +365,8 @@ def halving(folder: Folder, config: Config, processes: int) -> Iterator[None]:
     ValueError, with what torch says of the memory, where they cannot be smaller. How large they are decides no more
     of a run than rounding.
     """
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pipeline.config import from_dict
 from pipeline.train import run
 from pipeline.train.checkpoint import complete
+from pipeline.train.folder import CONFIG, Job
 from pipeline.world import World
 from shards.storage import Folder
 
@@ -25,10 +26,10 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size())
-    config = from_dict(json.loads(Folder(folder).read(run.CONFIG)))
+    config = from_dict(json.loads(Folder(folder).read(CONFIG)))
     if kill_at and world.first:
         kill_after(int(kill_at[0]), Folder(folder), config.save_every)
-    run.work(run.Job(config, folder, uri, mlflow_run, "tiny"), world, torch.device("cpu"), print)
+    run.work(Job(config, folder, uri, mlflow_run, "tiny"), world, torch.device("cpu"), print)
 
 
 def kill_after(step: int, folder: Folder, save_every: int) -> None:

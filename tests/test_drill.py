@@ -14,8 +14,8 @@ from safetensors.numpy import save
 from jobs import drill
 from pipeline.cli import run
 from pipeline.data.plan import ends_epoch
+from pipeline.train.folder import Job
 from pipeline.train.objective import Objective
-from pipeline.train.run import Job
 from pipeline.world import World
 from shards.storage import Folder
 from tests.test_elastic import cluster

@@ -28,6 +28,7 @@ from pipeline.optim.schedule import learning_rate
 from pipeline.track import log
 from pipeline.train import run
 from pipeline.train.checkpoint import complete
+from pipeline.train.folder import Job, changes_of, open_folder, optim_at, record_change
 from pipeline.train.health import NOT_FINITE, SPIKE, Health, Sick, Window
 from pipeline.train.meter import Stragglers
 from pipeline.world import World
@@ -202,22 +203,22 @@ def test_every_field_that_cannot_be_is_refused_naming_it(tmp_path: Path, field: 
 
 def test_a_change_holds_from_its_step_on_whatever_comes_after(tmp_path: Path) -> None:
     config, folder = tiny.config(tiny.shard_set(tmp_path / "set")), Folder(str(tmp_path / "run"))
-    assert run.record_change(folder, config, {"optim.lr": 0.5}) == 0
+    assert record_change(folder, config, {"optim.lr": 0.5}) == 0
     (tmp_path / "run" / "checkpoints" / "step-00000007").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step-00000007" / "complete.json").write_text("{}")
-    assert run.record_change(folder, config, {"optim.lr": 0.25, "optim.clip": 0.0}) == 7
-    changes = run.changes_of(folder)
-    assert run.record_change(folder, config, {"optim.lr": 0.25}) == 7 and run.changes_of(folder) == changes
+    assert record_change(folder, config, {"optim.lr": 0.25, "optim.clip": 0.0}) == 7
+    changes = changes_of(folder)
+    assert record_change(folder, config, {"optim.lr": 0.25}) == 7 and changes_of(folder) == changes
     for step in range(20):
         expected = {"lr": 0.5} if step < 7 else {"lr": 0.25, "clip": 0.0}
-        assert run.optim_at(config, changes, step) == replace(config.optim, **expected)
+        assert optim_at(config, changes, step) == replace(config.optim, **expected)
 
 
 @pytest.mark.parametrize(("field", "value"), [("optim.warmup", 3), ("batch", 3), ("optim.lr", -1.0), ("lr", 1.0)])
 def test_a_change_that_cannot_be_is_refused_naming_it(tmp_path: Path, field: str, value: float) -> None:
     config = tiny.config(tiny.shard_set(tmp_path / "set"))
     with pytest.raises(ValueError, match=f"{field} cannot be changed"):
-        run.record_change(Folder(str(tmp_path / "run")), config, {field: value})
+        record_change(Folder(str(tmp_path / "run")), config, {field: value})
     assert not (tmp_path / "run").exists()
 
 
@@ -261,7 +262,7 @@ class Faults:
     rival_at: int | None = None
 
 
-def play(world: World, job: run.Job, faults: Faults) -> tuple[list[str], str]:
+def play(world: World, job: Job, faults: Faults) -> tuple[list[str], str]:
     """One process of a start: what it says, and what went wrong."""
     folder, said, wrong = Folder(job.folder), list[str](), ""
     with pytest.MonkeyPatch.context() as patch:
@@ -336,9 +337,9 @@ class Clinic:
         for step in told:
             Folder(str(folder / "skipped")).write(f"{step}.json", Sick(step, "told").to_json([]))
         uri = f"sqlite:///{self.place}/mlflow.db"
-        run.open_folder(given, str(folder), {"training": self.shards.manifest.root})
+        open_folder(given, str(folder), {"training": self.shards.manifest.root})
         mlflow_run = log.begin(uri, name, {"vitscale.folder": str(folder)}, {}, same="vitscale.folder")
-        job = run.Job(given, str(folder), uri, mlflow_run, "tiny")
+        job = Job(given, str(folder), uri, mlflow_run, "tiny")
         said, wrong = self.gang.run(play, job, Faults(spoilt or {}, **at))[0]
         return Ended(folder, uri, mlflow_run, said, wrong)
 
@@ -437,7 +438,7 @@ def test_a_changed_rate_applies_from_its_step_on_also_after_another_restart(clin
     runs = []
     for name, deaths in (("changed", (10,)), ("changed-twice", (10, 16))):
         clinic.start(name, config, die_at=deaths[0])
-        assert run.record_change(Folder(str(clinic.place / name)), config, {"optim.lr": 3e-3, "optim.clip": 0.1}) == 7
+        assert record_change(Folder(str(clinic.place / name)), config, {"optim.lr": 3e-3, "optim.clip": 0.1}) == 7
         for death in deaths[1:]:
             clinic.start(name, config, die_at=death)
         runs.append(clinic.start(name, config))

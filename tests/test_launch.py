@@ -22,7 +22,8 @@ from jobs import pretrain as job
 from pipeline.cli import run
 from pipeline.config import Config
 from pipeline.experiments import known
-from pipeline.launch import DEMANDED, LEAVING, MORE, TERMINATED, Board, halving, micro_batch_of
+from pipeline.launch import halving, micro_batch_of
+from pipeline.train.board import DEMANDED, LEAVING, MORE, TERMINATED, Board
 from pipeline.train.checkpoint import complete
 from shards.storage import Folder
 from tests import tiny
@@ -67,7 +68,8 @@ class Driver:
     """`python jobs/pretrain.py`, which starts a Ray of its own unless a cluster is named; its home is the place."""
 
     def __init__(self, place: Path, name: str, cluster: str = "", **changes: object) -> None:
-        self.folder = Path(str(changes.get("to", place / "runs"))) / name
+        self.run = Folder(str(changes.get("to", place / "runs"))) / name
+        self.folder = Path(self.run.url)
         left = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", *(() if cluster else ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")))
         kept = {k: v for k, v in os.environ.items() if k not in left}
         self._process = subprocess.Popen(
@@ -89,16 +91,15 @@ class Driver:
 
     def wait_for_checkpoint(self, after: int = 0) -> None:
         """Return when there is a complete checkpoint of a later step."""
-        limit = time.monotonic() + 120
-        while not any(step > after for step in complete(Folder(str(self.folder)))):
+        limit = time.monotonic() + 240
+        while not any(step > after for step in complete(self.run)):
             assert self._process.poll() is None, self.end()
             assert time.monotonic() < limit
             time.sleep(0.02)
 
     def started(self) -> str:
         """The word of the last start of the run's processes, empty before the first."""
-        path = self.folder / "attempt"
-        return path.read_text() if path.exists() else ""
+        return self.run.read("attempt").decode() if self.run.exists("attempt") else ""
 
     def wait_for_start(self, but: str = "") -> str:
         """Return when the processes of the run have started once more; the word of that start."""
@@ -442,3 +443,18 @@ def test_every_question_is_answered_without_anything_heavy(argv: list[str], said
     )
     assert ended.returncode == 0 and said in ended.stdout
     assert not HEAVY & set(ended.stderr.split())
+
+
+def test_whoever_starts_a_run_and_whoever_controls_it_wait_for_nothing_that_only_its_processes_need() -> None:
+    light = "import sys, pipeline.launch, pipeline.train.board, pipeline.train.folder; print(*sys.modules)"
+    assert not {"torch", "deepspeed", "mlflow"} & set(modules(light))
+    engine = "import sys, torch; from pipeline.train.engine import library; library(torch.device('cpu'))"
+    there = modules(f"{engine}; print(*sys.modules); import mlflow")
+    assert "deepspeed" in there and "mlflow" not in there
+
+
+def modules(code: str) -> list[str]:
+    """What a Python prints that runs the code."""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split()

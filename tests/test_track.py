@@ -222,6 +222,14 @@ def test_every_trial_of_a_checkpoint_from_elsewhere_is_there_once_without_a_pare
     assert len([run for run in read(server.uri) if run.tags.get("vitscale.trial") == "an orphan"]) == 1
 
 
+def test_every_trial_of_a_milestone_is_a_child_of_the_run_that_goes_on(server: Server) -> None:
+    tags = {"vitscale.kind": "pretrain", "vitscale.folder": "s3://runs/long"}
+    parent = begin(server.uri, "long", tags, {}, same="vitscale.folder")
+    add(Trials(server.uri, "f" * 64, "s3://runs/long"), "of a milestone")
+    add(Trials(server.uri, "f" * 64, "s3://runs/another"), "of another")
+    assert [run.tags["vitscale.trial"] for run in children(server, parent)] == ["of a milestone"]
+
+
 @pytest.mark.slow
 def test_every_trial_that_ends_while_the_server_is_away_is_added_when_it_is_back(server: Server) -> None:
     parent = pretrained(server, "e" * 64)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from pipeline.config import Augment
 from pipeline.data import decode
 from pipeline.track import log
-from pipeline.train.run import open_folder, refuse_other_decoder
+from pipeline.train.folder import open_folder
+from pipeline.train.run import refuse_other_decoder
 from shards.manifest import ShardSet
 from shards.storage import Folder
 from tests import tiny

@@ -8,13 +8,13 @@ Legend: n pictures, s side in pixels, m labels a picture at the most.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from pipeline.data.augment import change, random_changes
 from pipeline.data.cache import HOME, Cache, Verified
 from pipeline.data.corpus import Corpus
 from pipeline.data.decode import cut_from
-from pipeline.data.image import Crops, central_crops, random_crops
+from pipeline.data.image import Crops, central_crops, placed_crops, random_crops
 from pipeline.data.plan import Mixture, Order, Picks, needed, order, part_of_step
 from pipeline.data.read import Reader, Rows, at
 from pipeline.data.refused import Refused
@@ -124,11 +124,20 @@ class Feed:
         All processes get equally many batches of equal shape; what only fills them weighs nothing. ValueError names a
         picture that cannot be decoded: an evaluation that leaves one out is another evaluation.
         """
-        mine = self.world.share(self.corpus.samples)
-        most = -(-self.corpus.samples // self.world.size)
+        return self.looked_at(range(self.corpus.samples), batch, refuse=False)
+
+    def looked_at(self, samples: Sequence[int], batch: int, *, refuse: bool) -> Iterator[Batch]:
+        """This process's share of pictures by their numbers, each once, in order, cut as in every evaluation.
+
+        As of `evaluation`; with `refuse` a picture that cannot be decoded is named like one of training, and weighs
+        nothing.
+        """
+        mine = self.world.share(len(samples))
+        most = -(-len(samples) // self.world.size)
         batch = min(batch, most)
         starts = range(mine.start, mine.start + most, batch)
-        return self._in_order(partial(self._evaluate, first, min(first + batch, mine.stop), batch) for first in starts)
+        chosen = (np.array(samples[first : min(first + batch, mine.stop)], np.int64) for first in starts)
+        return self._in_order(partial(self._evaluate, numbers, batch, refuse=refuse) for numbers in chosen)
 
     def measures(self) -> Measures:
         """What has been measured so far."""
@@ -220,9 +229,12 @@ class Feed:
     def _train(self, picks: Picks) -> Batch:
         data, augment, seed = self.config.data, self.config.augment, self.config.seed
         rows, samples = self.reader.rows(picks), self._samples(picks)
-        crops = random_crops(
-            rows.width, rows.height, samples, picks.epoch, seed=seed, area=data.crop_area, flip=data.flip
-        )
+        given: dict[str, Any] = {"seed": seed, "flip": data.flip}
+        sizes = (rows.width, rows.height, samples, picks.epoch)
+        if data.crop_side:
+            crops = placed_crops(*sizes, share=data.crop_side, **given)
+        else:
+            crops = random_crops(*sizes, area=data.crop_area, **given)
         images, weights = self._cut(picks, rows, crops, refuse=True)
         if augment.layers:
             changes = random_changes(samples, picks.epoch, seed=seed, augment=augment)
@@ -237,19 +249,19 @@ class Feed:
         self._count(rows)
         return Encoded(self.reader.bytes(picks, rows), rows.labels, self._samples(picks))
 
-    def _evaluate(self, first: int, last: int, batch: int) -> Batch:
+    def _evaluate(self, numbers: NDArray[np.int64], batch: int, *, refuse: bool) -> Batch:
         side = self.config.model.image_size
         samples, labels = np.full(batch, -1, np.int64), np.full((batch, 1), -1, np.int64)
         images, weights = torch.zeros((batch, side, side, 3), dtype=torch.uint8), torch.zeros(batch)
-        count, keys = max(0, last - first), [""] * batch
+        count, keys, share = len(numbers), [""] * batch, self.config.data.eval_crop
         if count:
-            samples[:count] = np.arange(first, last)
-            picks = at(self.corpus, samples[:count])
+            samples[:count] = numbers
+            picks = at(self.corpus, numbers)
             rows = self.reader.rows(picks)
-            crops = central_crops(rows.width, rows.height, share=self.config.data.eval_crop)
-            images[:count], weights[:count] = self._cut(picks, rows, crops, refuse=False)
+            crops = central_crops(rows.width, rows.height, share=share) if share else whole(rows.width, rows.height)
+            images[:count], weights[:count] = self._cut(picks, rows, crops, refuse=refuse)
             labels = np.pad(rows.labels, ((0, batch - count), (0, 0)), constant_values=-1)
-            keys[:count] = self.corpus.keys(samples[:count])
+            keys[:count] = self.corpus.keys(numbers)
         epochs = torch.zeros(batch, dtype=torch.int64)
         return Batch(images, torch.from_numpy(labels), torch.from_numpy(samples), weights, epochs, keys=tuple(keys))
 
@@ -283,6 +295,12 @@ class Feed:
 
     def _samples(self, picks: Picks) -> NDArray[np.int64]:
         return self.corpus.first[picks.shard] + picks.place
+
+
+def whole(width: NDArray[np.int64], height: NDArray[np.int64]) -> Crops:
+    """All of each picture, not mirrored."""
+    nothing = np.zeros_like(width)
+    return Crops(nothing, nothing, width, height, np.zeros(len(width), np.bool_))
 
 
 def order_of(corpus: Corpus, config: Config) -> Order | Mixture:

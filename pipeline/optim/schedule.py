@@ -15,9 +15,10 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     - cosine: half a period of it, from `lr` to `end_lr` (Loshchilov and Hutter 2017, equation 5, without restarts);
     - rsqrt: lr / sqrt(1 + t / timescale), t steps after the warm-up, so that the length of the run does not enter
       (Zhai et al. 2022, section 3.5, where a cooldown of 50,000 steps follows);
-    - constant: `lr`.
+    - constant: `lr`;
+    - steps: `lr`, and a tenth of it after each boundary (Kolesnikov et al. 2020, BiT, section 3.3).
 
-    Continuous in the step, whatever the choice.
+    Continuous in the step, whatever the choice but the last.
     """
     after = max(0, step - optim.warmup)
     progress = min(1.0, after / max(1, steps - optim.warmup))
@@ -30,6 +31,8 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
             rate = optim.lr / math.sqrt(1 + after / optim.timescale)
         case "constant":
             rate = optim.lr
+        case "steps":
+            rate = optim.lr * 0.1 ** sum(step > boundary for boundary in optim.boundaries)
     if optim.warmup:
         rate *= min(1.0, step / optim.warmup)
     if optim.cooldown:

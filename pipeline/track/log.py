@@ -2,20 +2,20 @@
 
 Training never waits for MLflow. A thread of its own sends; while the server is away it tries again and again, and
 what has not been sent is kept with each checkpoint. A start of the run after a crash logs some steps again: what the
-run already holds is not sent a second time.
+run already holds is not sent a second time. MLflow is imported on use, since importing it takes more than a second: of
+the processes of a run one needs it, and that one in the thread that sends.
 """
 
 import logging
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from threading import Condition, Thread
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "vitscale"
 RunEnd = Literal["FINISHED", "FAILED", "KILLED"]
@@ -49,9 +49,9 @@ class Log:
         not_before: int = 0,
     ) -> None:
         self.run_id = run_id
-        self._client = client(uri)
+        self._uri = uri
         self._waiting = deque(Record(**record) for record in unsent)
-        self._tags = [RunTag(name, value) for name, value in (tags or {}).items()]
+        self._tags = tags or {}
         self._held: dict[str, set[int]] = {}
         self._added: dict[str, int] = {}
         self.latest = max([not_before, *(record.timestamp for record in self._waiting)])
@@ -88,6 +88,10 @@ class Log:
         self._thread.join(seconds)
         return self.unsent()
 
+    @cached_property
+    def _client(self) -> "MlflowClient":
+        return client(self._uri)
+
     def _send_all(self) -> None:
         while True:
             with self._changed:
@@ -119,9 +123,11 @@ class Log:
 
     def _send(self, records: list[Record]) -> None:
         """Send what the run does not hold yet. Sending the very same record twice does no harm: MLflow keeps one."""
+        from mlflow.entities import Metric, RunTag
+
         if self._tags:
-            self._client.log_batch(self.run_id, tags=self._tags)
-            self._tags = []
+            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in self._tags.items()])
+            self._tags = {}
         metrics = [
             Metric(name, value, record.timestamp, record.step)
             for record in records
@@ -138,8 +144,11 @@ class Log:
         return self._held[name]
 
 
-def client(uri: str) -> MlflowClient:
+def client(uri: str) -> "MlflowClient":
     """A client that gives up on a server soon; whoever uses it tries again itself."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+    from mlflow.tracking import MlflowClient
+
     MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(1)
     MLFLOW_HTTP_REQUEST_TIMEOUT.set(10)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # its tables are no news
@@ -163,12 +172,17 @@ def begin(uri: str, name: str, tags: dict[str, str], params: dict[str, Any], *, 
 
 
 class Trials:
-    """The children of a pretraining run in MLflow: each trial once."""
+    """The children of a pretraining run in MLflow: each trial once.
 
-    def __init__(self, uri: str, checkpoint: str) -> None:
+    The run is the one that ended with this checkpoint (a digest), or else the one of `folder`, which may go on.
+    """
+
+    def __init__(self, uri: str, checkpoint: str, folder: str = "") -> None:
         self._client = client(uri)
         self._experiment = _experiment(self._client)
         found = self._find(f"tags.`vitscale.kind` = 'pretrain' and tags.`vitscale.checkpoint` = '{checkpoint}'")
+        if not found and folder:
+            found = self._find(f"tags.`vitscale.kind` = 'pretrain' and tags.`vitscale.folder` = '{folder}'")
         self.parent = found[0].info.run_id if found else ""
         children = self._find(f"tags.`mlflow.parentRunId` = '{self.parent}'") if self.parent else self._orphans()
         self._waiting: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {}
@@ -181,6 +195,8 @@ class Trials:
 
     def flush(self) -> int:
         """Log what waits; returns how many results MLflow does not take now."""
+        from mlflow.exceptions import MlflowException
+
         for name, (title, params, metrics) in list(self._waiting.items()):
             try:
                 self._log(name, title, params, metrics)
@@ -190,6 +206,8 @@ class Trials:
         return len(self._waiting)
 
     def _log(self, name: str, title: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
         if name in self._there:
             return
         if run_id := self._begun(name, title):
@@ -233,17 +251,23 @@ class Trials:
 
 def end(uri: str, run_id: str, status: RunEnd = "FINISHED", *, tags: dict[str, str] | None = None) -> None:
     """Say in MLflow that a run has ended, and how; killed is one that was told to stop."""
+    from mlflow.entities import RunTag
+
     mlflow = client(uri)
     if tags:
         mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     mlflow.set_terminated(run_id, status)
 
 
-def _add_params(mlflow: MlflowClient, run_id: str, params: dict[str, Any]) -> None:
+def _add_params(mlflow: "MlflowClient", run_id: str, params: dict[str, Any]) -> None:
+    from mlflow.entities import Param
+
     mlflow.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])
 
 
-def _experiment(mlflow: MlflowClient) -> str:
+def _experiment(mlflow: "MlflowClient") -> str:
+    from mlflow.exceptions import MlflowException
+
     if found := mlflow.get_experiment_by_name(EXPERIMENT):
         return found.experiment_id
     try:

@@ -7,6 +7,7 @@ parameters, which know nothing of how many processes there are.
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -353,11 +354,25 @@ def settings(config: Config, processes: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def without(module: str) -> Iterator[None]:
+    """Let imports find that there is no such module, unless it is imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 def library(device: torch.device) -> Any:
     """DeepSpeed, imported as it has to be for this device."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with without("mlflow"):  # which its tuner, of no use here, imports if there is one; that takes a second
+        import deepspeed
 
     if device.type == "cpu":
         # An operator for inference that is compiled under a lock file: a process killed there leaves the lock, and

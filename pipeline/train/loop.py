@@ -1,4 +1,4 @@
-"""The loop. What it does to the world it is handed: batches, objective, engine, health, log, validate, save."""
+"""The loop. What it does to the world it is handed: batches, objective, engine, health, log, validate, probe, save."""
 
 from collections.abc import Callable, Iterator
 
@@ -28,15 +28,16 @@ def train(
     optim: Callable[[int], Optim],
     log: Callable[[int, Values], None],
     validate: Callable[[int], None],
+    probe: Callable[[int], None],
     save: Callable[[int], None],
     stop: Callable[[int], bool],
 ) -> int:
     """Take the steps from `start` to the end of the run over a corpus of `samples` pictures; returns how many are done.
 
-    `log`, `validate`, `save` and `stop` are told how many steps are done; `log` gets tensors and decides when to look
-    at them. Where `stop` says so on any process, the run ends within two steps, and saved. `optim` is asked what holds
-    at a step. A step that is left out moves the position in the data, but neither weights, optimizer nor schedule.
-    GoBack where a step has to be undone: what is saved is from before it.
+    `log`, `validate`, `probe`, `save` and `stop` are told how many steps are done; `log` gets tensors and decides when
+    to look at them, `probe` is for milestones. Where `stop` says so on any process, the run ends within two steps, and
+    saved. `optim` is asked what holds at a step. A step that is left out moves the position in the data, but neither
+    weights, optimizer nor schedule. GoBack where a step has to be undone: what is saved is from before it.
     """
     steps = config.steps(samples)
     for step in range(start, steps):
@@ -59,6 +60,8 @@ def train(
         log(done, values)
         if ends:
             validate(done)
+        if config.is_milestone(done):
+            probe(done)
         if saves or health.asked_to_stop:
             save(done)
         if health.asked_to_stop:

@@ -122,6 +122,13 @@ class Meter:
             )
         self._restart()
 
+    def probed(self, done: int, accuracy: float | None) -> None:
+        """Log the result of a milestone's probe; None where there were too few pictures for one."""
+        if self.log_ and accuracy is not None:
+            self.log_.add(done, {"probe_accuracy": accuracy})
+            self.progress.say(f"{self.progress.what}: after {done:,} steps few-shot accuracy {100 * accuracy:.2f} %")
+        self._restart()
+
     def _so_far(self, done: int) -> dict[str, float]:
         pictures = done * self.config.batch
         exaflops = flops.training_exaflops(self.config.model, self.config.classes, pictures)

@@ -40,8 +40,11 @@ class Objective:
             return self.hidden.loss(self.engine, batch, given)
         assert config.objective != "masked"
         outputs = self.engine.forward(given.images)
-        # A model with a distillation token answers twice; one without learns both from the same logits.
+        # A model with a distillation token answers twice; one without learns both from the same logits. Without a
+        # teacher both tokens learn the labels, as they are read: together.
         ours, taught = outputs if isinstance(outputs, TwoLogits) else (outputs, outputs)
+        if self.teacher is None and isinstance(outputs, TwoLogits):
+            ours = (ours + taught) / 2
         value = classify.loss(ours, given.shown, config.objective, config.smoothing, given.weights)
         if self.watched is not None:
             value = self._suppressed(self.watched, value, given)

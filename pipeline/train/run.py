@@ -1,17 +1,14 @@
 """A run, put together: what it is, what its folder holds, and what each of its processes does."""
 
 import json
-import math
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import code
-from pipeline.config import Config, Optim, differences, from_dict, to_dict
+from pipeline.config import Config, to_dict
 from pipeline.data import decode
 from pipeline.data.corpus import Corpus
 from pipeline.data.loader import Batch, Feed, order_of
@@ -20,100 +17,32 @@ from pipeline.data.refused import Refused
 from pipeline.models import flops
 from pipeline.models.build import build as build_model
 from pipeline.models.build import initialise
-from pipeline.models.weights.exported import put
+from pipeline.models.weights.exported import Exported, put
 from pipeline.objectives.classify import HEAD_BIAS
 from pipeline.seed import number
 from pipeline.track.log import Log
-from pipeline.train.checkpoint import Checkpoints, TakenOver, complete, name_of, newest
+from pipeline.train.checkpoint import Checkpoints, TakenOver, name_of, newest
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import evaluate
+from pipeline.train.folder import EXPORT, Job, changes_of, flush, optim_at, refuse_misfits
 from pipeline.train.health import GoBack, Health, Sick, listed
 from pipeline.train.ledger import CHECKPOINTING, Account, Ledger, Notes, line, metrics, noted, resumed
 from pipeline.train.loop import Values, train
 from pipeline.train.meter import Meter
-from pipeline.train.objective import MASKED, PATCH_HEAD, Objective, teacher_of, with_heads
+from pipeline.train.objective import MASKED, PATCH_HEAD, Objective, with_heads
+from pipeline.train.origin import begin, origin_of
+from pipeline.train.probe import Probe, size_of
 from pipeline.world import World
 from shards.progress import Progress
 from shards.storage import Folder
 
-CONFIG = "config.json"
-ABOUT = "about.json"
 DECODER = "decoder"
 REFUSED = "refused"
-EXPORT = "export"
 MILESTONES = "milestones"
 ATTEMPT = "attempt"
-CHANGES = "changes.json"
 SKIPPED, SPIKES = "skipped", "spikes"
 LEDGER = "ledger"
-UNSENT = "metrics-unsent.json"
-FLUSH_SECONDS = 60.0
 STOP_SECONDS = 5.0
-CHANGEABLE = ("lr", "end_lr", "clip")
-"""Fields of `optim` that may change in mid-run."""
-
-# What may differ from one start of a run to the next: it decides nothing that the run computes. Where the pictures
-# are may change, since the digest of what they are stands beside it.
-_FREE_OF_DATA = ("shards", "validation", "samples", "threads", "cache", "cache_gigabytes", "fetches")
-_LIMITS_OF_DATA = ("refused_limit", "wait_seconds", "patience_seconds")
-FREE = {f"data.{name}" for name in _FREE_OF_DATA + _LIMITS_OF_DATA} | {"keep", "distillation.teacher"}
-FREE |= {"health.skips", "health.hang_seconds", "save_beside"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What each process of a run has to know."""
-
-    config: Config
-    folder: str
-    tracking_uri: str
-    mlflow_run: str
-    name: str
-
-
-def refuse_misfits(config: Config, processes: int) -> tuple[Corpus, Corpus | None]:
-    """The pictures to train and validate on, or ValueError: all that can be known before a machine is asked for."""
-    config.check(processes)
-    if not config.data.shards:
-        raise ValueError("data.shards is empty: give the folder or URL of a shard set (made by jobs/prepare.py)")
-    training = Corpus.open(config.data.shards)
-    validation = Corpus.open(config.data.validation) if config.data.validation else None
-    for corpus in filter(None, (training, validation)):
-        if len(corpus.classes) != config.classes:
-            where = corpus.sets[0].folder.absolute
-            raise ValueError(f"{where} has {len(corpus.classes)} classes, the run {config.classes}")
-    if config.distillation.teacher:
-        teacher_of(config)
-    samples = training.samples
-    order_of(training, config)
-    if config.steps(samples) < 1:
-        of = f" of {samples:,} pictures" if config.unit == "epochs" else ""
-        raise ValueError(f"{config.duration:g} {config.unit}{of} are not one step of {config.batch}")
-    return training, validation
-
-
-def open_folder(config: Config, url: str, data_roots: dict[str, str]) -> Folder:
-    """The run's folder, with its configuration in it; ValueError where it holds another run, with what differs."""
-    folder = Folder(Folder(url).absolute)
-    folder.check_writable()
-    folder.create(CONFIG, json.dumps(to_dict(config), indent=1).encode())
-    about = {"code": code.version(), "data": data_roots}
-    folder.create(ABOUT, json.dumps(about, indent=1).encode())
-    refuse_another(config, folder, data_roots)
-    return folder
-
-
-def refuse_another(config: Config, folder: Folder, data_roots: dict[str, str]) -> None:
-    """Raise ValueError, with the fields that differ, where the folder holds another run than this one."""
-    found: list[str] = []
-    if folder.exists(CONFIG):
-        theirs = from_dict(json.loads(folder.read(CONFIG)))
-        found += [line for line in differences(config, theirs) if line.split(":")[0] not in FREE]
-    if folder.exists(ABOUT):
-        roots = json.loads(folder.read(ABOUT))["data"]
-        found += [f"data root of {k}: {data_roots.get(k)} != {v}" for k, v in roots.items() if v != data_roots.get(k)]
-    if found:
-        raise ValueError(f"{folder.absolute} holds another run; these fields differ: {'; '.join(found)}")
 
 
 def refuse_other_decoder(folder: Folder) -> None:
@@ -131,24 +60,18 @@ def refuse_other_decoder(folder: Folder) -> None:
         )
 
 
-def finished(folder: Folder) -> dict[str, Any] | None:
-    """What the export says of itself, where the run has come to its end."""
-    try:
-        return json.loads((folder / EXPORT).read("model.json"))
-    except FileNotFoundError:
-        return None
-
-
 def classes_of(config: Config) -> int:
     """Classes of the model's head; 0, and no head, where the objective has no classes."""
     return 0 if config.objective == "masked" else config.classes
 
 
-def build(config: Config) -> nn.Module:
-    """The run's model with its initial weights, the same on every process."""
+def build(config: Config, origin: Exported | None = None) -> nn.Module:
+    """The run's model with its initial weights, those of `origin` where there is one, the same on every process."""
     model = build_model(config.model, classes_of(config))
     head_bias = HEAD_BIAS if config.objective == "sigmoid" else 0.0
     initialise(model, torch.Generator().manual_seed(number("weights", config.seed)), head_bias=head_bias)
+    if origin:
+        begin(model, origin, config, head_bias=head_bias)
     return with_heads(config, model)
 
 
@@ -165,50 +88,15 @@ def owns(folder: Folder, attempt: str) -> bool:
         return True
 
 
-def changes_of(folder: Folder) -> list[dict[str, float]]:
-    """The changes in mid-run, as `record_change` has written them."""
-    try:
-        return json.loads(folder.read(CHANGES))
-    except FileNotFoundError:
-        return []
-
-
-def optim_at(config: Config, changes: list[dict[str, float]], step: int) -> Optim:
-    """What holds at `step`, counted from 0: the configuration with every change up to that step, later ones last."""
-    optim = config.optim
-    for change in changes:
-        if change["step"] <= step:
-            optim = replace(
-                optim, **{name: change[f"optim.{name}"] for name in CHANGEABLE if f"optim.{name}" in change}
-            )
-    return optim
-
-
-def record_change(folder: Folder, config: Config, changes: dict[str, float]) -> int:
-    """Let fields of the run have other values from its newest complete checkpoint on; returns that step.
-
-    ValueError where a field cannot be changed in mid-run, or not to that. What holds already is not written again.
-    """
-    for name, value in changes.items():
-        if name.removeprefix("optim.") not in CHANGEABLE or not name.startswith("optim."):
-            allowed = ", ".join(f"optim.{name}" for name in CHANGEABLE)
-            raise ValueError(f"{name} cannot be changed in mid-run; these can: {allowed}")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} cannot be changed to {value}: it is a number, at least 0")
-    step, before = [0, *complete(folder)][-1], changes_of(folder)
-    after = [*before, {"step": step, **changes}]
-    if any(
-        optim_at(config, before, at) != optim_at(config, after, at) for at in {step, *(int(c["step"]) for c in before)}
-    ):
-        folder.write(CHANGES, json.dumps(after, indent=1).encode())
-    return step
-
-
 def left_out(folder: Folder) -> dict[int, Sick]:
     """The steps of a run that are not to be taken, by number: those that were sick, and those that a person names."""
     notes = folder / SKIPPED
     found = [Sick.from_json(notes.read(name)) for name in notes.sizes() if name.endswith(".json")]
     return {sick.step: sick for sick in found}
+
+
+Told = Callable[[Iterator[Batch]], Iterator[Batch]]
+"""Passes batches on, each of which shows that the process is at work."""
 
 
 class Steps(Protocol):
@@ -227,18 +115,20 @@ def work(
     *,
     stop: Callable[[int], bool] = lambda done: False,
     hang: Steps | None = None,
+    ended: Callable[[Job, Engine, Told], None] = lambda job, engine, told: None,
 ) -> bool:
     """What one process does, from what the folder holds to the end of the run, or until `stop` says so.
 
-    `stop` is asked after each step, and where it says so on any process all end with a checkpoint. Returns whether the
-    run has come to its end. TakenOver where another start of the run has.
+    `stop` is asked after each step, and where it says so on any process all end with a checkpoint. `ended` is called by
+    every process when all steps are done, before the run says that it is finished. Returns whether the run has come to
+    its end. TakenOver where another start of the run has.
     """
     ledger = Ledger(world.size)
     refuse_other_decoder(Folder(job.folder))
     training, validation = refuse_misfits(job.config, world.size)
     start = Start(job, world, device, say, ledger, training, validation)
     try:
-        return start.go(stop, hang)
+        return start.go(stop, hang or _Nobody(), ended)
     finally:
         start.close()
 
@@ -260,7 +150,8 @@ class Start:
         self.folder, self.training = Folder(job.folder), training
         self.say: Callable[[str], None] = lambda line: say(f"{job.name}: {line}") if world.first else None
         self.steps = self.config.steps(training.samples)
-        self.engine = Engine(self.config, build(self.config), world, device)
+        self.origin = origin_of(self.config)
+        self.engine = Engine(self.config, build(self.config, self.origin), world, device)
         self.objective = Objective(self.config, self.engine)
         self.attempt = self.engine.agree(uuid.uuid4().hex[:8])
         if world.first:
@@ -281,11 +172,12 @@ class Start:
         )
         self.pictures = Feed(training, self.config, world, refused=refused, pinned=device.type == "cuda")
         self.test = Feed(validation, self.config, world, pinned=device.type == "cuda") if validation else None
+        self.probe = self._probe(validation)
         self.notes = Notes(self.folder / LEDGER, self.attempt)
         self.progress = Progress(job.name, self.steps, "steps", say=say)
         self.log: Log | None = None
 
-    def go(self, stop: Callable[[int], bool], hang: Steps | None) -> bool:
+    def go(self, stop: Callable[[int], bool], hang: Steps, ended: Callable[[Job, Engine, Told], None]) -> bool:
         """Go on from what the folder holds; returns whether the run has come to its end."""
         start, record = newest(self.folder, self.world, self.engine, self.say)
         if start:
@@ -298,13 +190,15 @@ class Start:
             self.log = Log(self.job.tracking_uri, self.job.mlflow_run, unsent, tags=tags, not_before=logged_at)
         while True:
             try:
-                done = self._train(start, record, stop, hang or _Nobody())
+                done = self._train(start, record, stop, hang)
                 break
             except GoBack as back:
                 start, record = self._go_back(back.sick)
         with self.ledger.during(CHECKPOINTING):
             self.checkpoints.wait()
         if done == self.steps:
+            self.engine.average_buffers()
+            ended(self.job, self.engine, lambda batches: self._told(batches, hang, done))
             self._finish()
         else:
             self._stop(done)
@@ -359,9 +253,28 @@ class Start:
             optim=lambda step: optim_at(config, self.changes, step),
             log=log,
             validate=validate,
+            probe=lambda done: self._judge_milestone(done, hang),
             save=save,
             stop=stop,
         )
+
+    def _judge_milestone(self, done: int, hang: Steps) -> None:
+        if self.probe:
+            self.meter.emit(done)
+            self.engine.average_buffers()
+            self.meter.probed(done, self.probe(lambda batches: self._told(batches, hang, done)))
+        hang.step(done)
+
+    def _probe(self, validation: Corpus | None) -> Probe | None:
+        """What judges the milestones; None, and why where it was asked for, where nothing does."""
+        config = self.config
+        if not (config.probe and config.milestone_every and validation):
+            return None
+        size = size_of(config)
+        if size is None:
+            self.say(f"milestones are not probed: {config.milestone_every:,} steps between them are too cheap for that")
+            return None
+        return Probe(config, self.engine, self.training, validation, size, self.pictures.refused)
 
     @staticmethod
     def _told(batches: Iterator[Batch], hang: Steps, done: int) -> Iterator[Batch]:
@@ -403,7 +316,7 @@ class Start:
 
     def _milestone(self, done: int, weights: dict[str, Tensor]) -> None:
         about = {"data_root": self.training.root, "steps": done}
-        export(self.folder, self.config, weights, about, f"{MILESTONES}/{name_of(done)}")
+        export(self.folder, self.config, weights, about, f"{MILESTONES}/{name_of(done)}", self.origin)
 
     def _go_back(self, sick: Sick) -> tuple[int, dict[str, Any]]:
         """Undo a step, which will be left out: go back to the newest checkpoint, all of which are before it."""
@@ -426,7 +339,7 @@ class Start:
         spent, exaflops = self.ledger.account(), self._exaflops()
         self.log.add(self.steps, metrics(spent, exaflops))
         about = {"data_root": self.training.root, "steps": self.steps, **self.meter.last}
-        export(self.folder, self.config, weights, about)
+        export(self.folder, self.config, weights, about, origin=self.origin)
         self.notes.close(spent)
         flush(self.folder, self.log)
         self.say(line(spent, exaflops, "GPU-hours" if self.device.type == "cuda" else "process-hours"))
@@ -445,7 +358,7 @@ class Start:
 
     def close(self) -> None:
         """Stop the threads."""
-        for used in filter(None, (self.pictures, self.test)):
+        for used in filter(None, (self.pictures, self.test, self.probe)):
             used.close()
 
 
@@ -460,26 +373,20 @@ def _account_of(record: dict[str, Any]) -> Account:
     return Account.from_dict(record["ledger"]) if "ledger" in record else Account()
 
 
-def flush(folder: Folder, log: Log) -> None:
-    """Send what is left to MLflow; what it does not take stays in the run's folder for the next start."""
-    if left := log.close(FLUSH_SECONDS):
-        folder.write(UNSENT, json.dumps({"mlflow_run": log.run_id, "records": left}).encode())
-    else:
-        folder.remove(UNSENT)
-
-
-def finish_metrics(folder: Folder, uri: str) -> None:
-    """Send what a finished run could not send, if anything is left of it."""
-    if folder.exists(UNSENT):
-        left = json.loads(folder.read(UNSENT))
-        flush(folder, Log(uri, left["mlflow_run"], left["records"]))
-
-
 def export(
-    folder: Folder, config: Config, weights: dict[str, Tensor], metrics: dict[str, Any], name: str = EXPORT
+    folder: Folder,
+    config: Config,
+    weights: dict[str, Tensor],
+    metrics: dict[str, Any],
+    name: str = EXPORT,
+    origin: Exported | None = None,
 ) -> None:
-    """The model as others use it, under `name` in the run's folder: safetensors, and a description, written last."""
+    """The model as others use it, under `name` in the run's folder: safetensors, and a description, written last.
+
+    It sees pictures in the units of what it started from.
+    """
     aside = (f"{PATCH_HEAD}.", f"{MASKED}.")
     kept = {name: weight for name, weight in weights.items() if not name.startswith(aside)}
-    half, classes, origin = [0.5] * 3, classes_of(config), to_dict(config)
-    put(folder / name, kept, config.model, classes, mean=half, std=half, metrics=metrics, config=origin)
+    mean, std = (origin.about[name] if origin else [0.5] * 3 for name in ("mean", "std"))
+    classes, made = classes_of(config), to_dict(config)
+    put(folder / name, kept, config.model, classes, mean=mean, std=std, metrics=metrics, config=made)
