@@ -81,7 +81,17 @@ def stages(folder: Path, quick: bool) -> list[Stage]:
         *pretrainings,
         Stage(
             "fine-tune to the downstream tasks",
-            ("finetune.py", "--checkpoint", f"{runs}/demo", "--data", sets, "--to", f"{folder}/transfer", *less),
+            (
+                "finetune.py",
+                "--checkpoint",
+                f"{runs}/demo",
+                "--data",
+                sets,
+                "--to",
+                f"{folder}/transfer",
+                "--scratch",
+                *less,
+            ),
         ),
         Stage("compare", ("compare.py", "--to", f"{folder}/report")),
     ]

@@ -1,15 +1,31 @@
-"""Fine-tune a pretrained model to many tasks, and train the same model from scratch on them to compare.
+"""Fine-tune a pretrained model to many tasks; what has a result already is not done again.
 
-    python jobs/finetune.py --checkpoint RUN --tasks digits,mnist,fashion_offset --data SETS --to FOLDER
+    python jobs/finetune.py --checkpoint RUN --tasks vtab,cifar,imagenet --protocol vit --data SETS --to FOLDER
+    python jobs/finetune.py report FOLDER
 
-RUN is a run's folder. For each task a learning rate is chosen on 200 pictures, then the model is trained on all 1,000
-and tested once, with each of several seeds. What has a result in FOLDER is not run again.
+RUN is the folder of a run that has finished, of one of its milestones (RUN/milestones/step-...), or of an export. For
+each task a learning rate is chosen on pictures that are kept apart for that, then the model is trained on all but the
+test pictures and tested once, with each of several seeds. `report` shows what has come of it beside what the papers
+say. Runs on the Ray cluster it is submitted to, or starts a Ray on this machine.
 """
 
+import math
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import parse, run
+
+if TYPE_CHECKING:
+    from pipeline.track.log import Trials
+    from pipeline.transfer.results import Results
+    from pipeline.transfer.sweep import Large, State, Wanted
+
+EVERY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -17,89 +33,215 @@ class Arguments:
     """What to fine-tune, to what, and how."""
 
     checkpoint: str
-    """Folder of a finished run, or of an export."""
+    """Folder of a finished run, of a milestone of a run, or of an export."""
     data: str
-    """Folder that holds the tasks' shard sets, as DATA/TASK/SPLIT."""
+    """Folder that holds the tasks' shard sets, as DATA/SET/SPLIT."""
     to: str
     """Folder for the results."""
-    tasks: str = "digits,mnist,fashion_offset"
-    """Tasks, with commas between them."""
+    tasks: str = "demo"
+    """Tasks, or groups of them such as vtab, cifar or all, with commas between them."""
     protocol: str = "demo"
+    """How it is done: vit, vit-vtab, bit-hyperrule, linear, fewshot and others."""
     rates: tuple[float, ...] = ()
     """Learning rates to choose from; the protocol's if none are given."""
     seeds: int = 3
-    scratch: bool = True
-    """Also train from scratch."""
+    """How often each task is tested, each time by another fine-tuning."""
+    scratch: bool = False
+    """Also train the same model from scratch, to compare."""
     cpus_each: float = 1.0
     """CPUs of a trial."""
     gpus_each: float = 0.0
     """GPUs of a trial; several trials share one with less than 1."""
+    at_once: int = 0
+    """Trials at once; 0 for as many as there is room for. More makes a cluster that grows on demand grow."""
+    processes: str = "1"
+    """Processes of a task that is a run of its own, such as imagenet; or the fewest and the most of them, as in 2:8."""
     retries: int = 2
     """How often a trial that failed is tried again."""
+    claim_seconds: float = 30.0
+    """For how long a trial is left alone that another sweep had in hand when it was killed, beside 30 s for clocks."""
+    wait_for_resources: float = 0.0
+    """Seconds that a cluster which grows on demand is given to show what it can have."""
+    spare: bool = False
+    """Use what nobody else does, and give it up while another job waits for it."""
     tracking_uri: str = ""
     """Where MLflow is; the environment's MLFLOW_TRACKING_URI if empty, else a file in ~/.local/share/vitscale."""
 
 
 def main(argv: list[str]) -> None:
-    """Check what can be checked, then run what is missing."""
+    """Check what can be checked, then do what is missing; or show what has come of it."""
+    if argv[:1] == ["report"]:
+        from pipeline.insight.transfer import report_main
+
+        report_main(argv[1:])
+        return
     arguments = parse(Arguments, argv)
-    if arguments.seeds < 1:
-        raise ValueError(f"seeds is {arguments.seeds}; at least 1 is needed")
-    from pipeline.models.weights.exported import find
+    numbers(arguments.processes)
+    _refuse_nonsense(arguments)
     from pipeline.track.log import Trials
     from pipeline.track.runs import check, tracking_uri
     from pipeline.transfer import protocols, sweep, tasks
-    from shards.cluster import connect, require
-    from shards.progress import Progress
+    from pipeline.transfer.features import started
+    from pipeline.transfer.wanted import wanted_of
     from shards.storage import Folder
 
-    source = find(arguments.checkpoint)
-    chosen = tasks.named(arguments.tasks)
-    protocol = protocols.named(arguments.protocol)
+    source = started(arguments.checkpoint)
+    chosen, protocol = tasks.named(arguments.tasks), protocols.named(arguments.protocol)
     data, folder = Folder(arguments.data).absolute, Folder(Folder(arguments.to).absolute)
-    sets = {task.name: tasks.find(data, task) for task in chosen}
+    sets = {task: tasks.find(data, task) for task in chosen}
+    for odd in (odd for task, of_task in sets.items() for odd in tasks.check(task, of_task)):
+        print(f"fine-tuning: {odd}", flush=True)
+    wanted = wanted_of(
+        protocol,
+        sets,
+        source,
+        starts=("pretrained", "scratch") if arguments.scratch else ("pretrained",),
+        rates=arguments.rates,
+        seeds=arguments.seeds,
+    )
     folder.check_writable()
     uri = tracking_uri(arguments.tracking_uri or None)
     check(uri)
-    wanted = sweep.Wanted(
-        tasks=chosen,
-        data={name: tuple((split, s.manifest.root) for split, s in of.items()) for name, of in sets.items()},
-        starts=("pretrained", "scratch") if arguments.scratch else ("pretrained",),
-        protocol=protocol,
-        rates=arguments.rates or protocol.rates,
-        seeds=tuple(range(arguments.seeds)),
-        pretrained=source.digest,
-        architecture=source.architecture,
+    steps = source.about.get("metrics", {}).get("steps", "")
+    run = source.folder.absolute.partition("/milestones/")[0].removesuffix("/export")
+    told = Logged(
+        Trials(uri, source.digest, run), {"checkpoint.folder": source.folder.absolute, "checkpoint.steps": steps}
     )
-    trials = Trials(uri, source.digest)
-    progress = Progress("fine-tuning", wanted.count, "trials")
-
-    def finished(name: str, result: dict) -> None:
-        metrics = {key: float(result[key]) for key in ("accuracy", "count", "seconds")}
-        title = " ".join(str(sweep.params(result)[key]) for key in ("task", "start", "split", "lr", "seed"))
-        trials.add(name, title, sweep.params(result), metrics)
-
-    done = sweep.Results(folder).load()
-    missing = [trial for trial in wanted.trials(done) if trial.name not in done]
-    if missing:
-        connect()
-        need = {"CPU": arguments.cpus_each, **({"GPU": arguments.gpus_each} if arguments.gpus_each else {})}
-        require(need, "a trial")
-    errors = sweep.sweep(
-        wanted,
-        source,
-        data,
-        folder,
-        resources=sweep.Resources(arguments.cpus_each, arguments.gpus_each),
-        retries=arguments.retries,
-        progress=lambda done, running, failed: progress.update(done, running=str(running), failed=str(failed)),
-        finished=finished,
-    )
-    print(f"fine-tuning: {wanted.count - len(errors)} of {wanted.count} trials have results; {folder.absolute}/results")
-    if left := trials.flush():
+    results = sweep.Results(folder)
+    try:
+        errors = _reconcile(arguments, wanted, source.folder.absolute, data, results, uri, told)
+    finally:
+        left = told.close()
+    known = results.load()
+    done = len(wanted.trials(known).keys() & known.keys())
+    print(f"fine-tuning: {done} of {wanted.count} trials have results; {folder.absolute}/results")
+    if left:
         raise RuntimeError(f"MLflow at {uri} has not taken {left} results: start again when it is back; none is lost")
     if errors:
         raise RuntimeError(f"{len(errors)} trials failed: " + "; ".join(errors.values()))
+
+
+def _refuse_nonsense(arguments: Arguments) -> None:
+    if arguments.seeds < 1:
+        raise ValueError(f"seeds is {arguments.seeds}; at least 1 is needed")
+    if arguments.cpus_each <= 0 or arguments.gpus_each < 0:
+        raise ValueError("a trial needs more than 0 CPUs, and 0 GPUs or more")
+    if arguments.gpus_each > 1:
+        raise ValueError(f"a trial uses one GPU at most, not {arguments.gpus_each:g}; --processes is for larger tasks")
+    if bad := [rate for rate in arguments.rates if not 0 < rate < math.inf]:
+        raise ValueError(f"{bad[0]:g} is no learning rate")
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of processes that `8` or `2:8` means; ValueError, saying what would do, where it is neither."""
+    ends = text.split(":")
+    if len(ends) > 2 or not all(end.isdecimal() and int(end) for end in ends) or int(ends[0]) > int(ends[-1]):
+        raise ValueError(f"--processes is {text}: a number such as 8, or the fewest and the most, as in 2:8, is needed")
+    return list(range(int(ends[0]), int(ends[-1]) + 1))
+
+
+def _reconcile(
+    arguments: Arguments, wanted: "Wanted", source: str, data: str, results: "Results", uri: str, told: "Logged"
+) -> dict[str, str]:
+    from pipeline.transfer import sweep
+    from pipeline.transfer.spare import Watch
+    from pipeline.transfer.workers import Resources
+    from shards.cluster import connect, require
+
+    resources = Resources(arguments.cpus_each, arguments.gpus_each)
+    known = results.load()
+    if missing := wanted.missing(known):
+        connect()
+        if any(trial.kind == "memory" for trial in missing):
+            require(resources.needed, "a trial", wait_s=arguments.wait_for_resources)
+    return sweep.sweep(
+        wanted,
+        source,
+        data,
+        results,
+        resources=resources,
+        retries=arguments.retries,
+        most=arguments.at_once or None,
+        told=sweep.Told(Lines(), told.add, lambda line: print(f"fine-tuning: failed: {line}", flush=True)),
+        claim_seconds=arguments.claim_seconds,
+        spare=Watch(resources.needed) if arguments.spare else None,
+        large=_large(numbers(arguments.processes), arguments.cpus_each, uri),
+    )
+
+
+def _large(processes: list[int], cpus_each: float, uri: str) -> "Large":
+    """Trials that are runs of their own, on so many processes, with their curves in MLflow."""
+
+    def perform(trial: Any, source: str, data: str, folder: Any) -> dict[str, Any]:
+        from pipeline import large
+
+        return large.perform(
+            trial, source, data, folder, processes=processes, cpus_each=max(1, int(cpus_each)), uri=uri
+        )
+
+    return perform
+
+
+class Lines:
+    """How far the sweep is, as a line now and then; `say` and the clock are for tests."""
+
+    def __init__(self, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
+        self._say, self._said = say, time.monotonic()
+
+    def __call__(self, state: "State") -> None:
+        """Say so, unless something has just been said."""
+        if time.monotonic() - self._said >= EVERY_SECONDS:
+            self._said = time.monotonic()
+            self._say(line(state, time.time()))
+
+
+def line(state: "State", now: float) -> str:
+    """A sweep in a line, with its expected end after `now`, in seconds since 1970."""
+    from shards.progress import duration
+
+    share = 100 * state.done // max(state.total, 1)
+    parts = [f"fine-tuning: {state.done:,} of {state.total:,} trials ({share} %)", f"{state.running} running"]
+    parts += [f"{state.failed} failed"] if state.failed else []
+    parts += [f"{state.waiting} in another sweep's hands"] if state.waiting else []
+    if state.paused:
+        return ", ".join([*parts, "nothing runs while others need the cluster"])
+    if math.isfinite(state.left):
+        end = time.strftime("%a %H:%M", time.localtime(now + state.left))
+        parts.append(f"{duration(state.left)} left, to {end}")
+    return ", ".join(parts)
+
+
+class Logged:
+    """Results on their way to MLflow, for which the sweep does not wait."""
+
+    def __init__(self, trials: "Trials", checkpoint: dict[str, Any]) -> None:
+        self._trials, self._checkpoint = trials, checkpoint
+        self._coming: SimpleQueue[tuple[str, dict[str, Any]] | None] = SimpleQueue()
+        self._thread = Thread(target=self._log, daemon=True, name="mlflow")
+        self._thread.start()
+
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        """Log a trial's result, soon."""
+        self._coming.put((name, result))
+
+    def close(self) -> int:
+        """Log what waits; how many results MLflow does not take now."""
+        self._coming.put(None)
+        self._thread.join()
+        if not self._coming.empty():  # the thread has failed: of what, this says
+            self._log()
+        return self._trials.flush()
+
+    def _log(self) -> None:
+        from pipeline.transfer.sweep import metrics, params
+
+        while coming := self._coming.get():
+            name, result = coming
+            said = params(result)
+            if said["start"] == "pretrained":
+                said |= self._checkpoint  # which decides nothing, but is what people ask for
+            title = " ".join(str(said[key]) for key in ("task", "start", "split", "lr", "seed"))
+            self._trials.add(name, title, said, metrics(result))
 
 
 if __name__ == "__main__":

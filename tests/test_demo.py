@@ -62,7 +62,7 @@ def test_a_stopped_demo_leaves_no_ray_and_goes_on_where_it_was(tmp_path: Path) -
     for said in (
         "demo_small: val accuracy",
         "demo: val accuracy",
-        "4 of 4 trials have results",
+        "2 of 2 trials have results",
         "report.html",
         "mlflow ui",
     ):

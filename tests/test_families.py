@@ -25,9 +25,8 @@ from pipeline.models.weights.exported import find, put
 from pipeline.objectives.patches import DIVERSE_VIT, RELEASED, THIRD_VERSION
 from pipeline.track import log
 from pipeline.train.objective import Watched, teacher_of, with_heads
-from pipeline.transfer.finetune import Trial, prepared
-from pipeline.transfer.protocols import Protocol
-from pipeline.transfer.tasks import digits
+from pipeline.transfer.features import model_of
+from pipeline.transfer.protocols import Recipe
 from shards.storage import Folder
 from tests import test_train, tiny
 
@@ -150,10 +149,7 @@ def test_a_killed_run_of_every_family_ends_as_if_nothing_had_happened(place: Pat
 
 def fine_tuned(run: Path, start: str) -> torch.nn.Module:
     """The model at the beginning of a fine-tuning to seven classes."""
-    found = find(str(run))
-    protocol = Protocol("test", 1, steps=1, batch=2, rates=(0.1,), warmup=0, momentum=0.9, clip=1.0, crop_side=1.0)
-    trial = Trial(digits, (), "test", start, found.digest, protocol, 0.1, 0)  # type: ignore[arg-type]
-    return prepared(found, trial, 7).eval()
+    return model_of(find(str(run)), Recipe(steps=1), 7, pretrained=start == "pretrained", seed=0).eval()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "ray_cluster.yaml"
 JOB = ROOT / "infra/kuberay/pretrain-rayjob.yaml"
+CRON_JOB = ROOT / "infra/kuberay/finetune-raycronjob.yaml"
 DOCKERFILE = ROOT / "infra/Dockerfile"
 
 pytestmark = pytest.mark.timeout(60)
@@ -28,6 +29,16 @@ def cluster() -> dict[str, Any]:
 @pytest.fixture
 def job() -> dict[str, Any]:
     return yaml.safe_load(JOB.read_text())
+
+
+@pytest.fixture
+def cron_job() -> dict[str, Any]:
+    return yaml.safe_load(CRON_JOB.read_text())
+
+
+def nightly(cron_job: dict[str, Any]) -> dict[str, Any]:
+    """The RayJob that is made of it each time."""
+    return {**cron_job, "kind": "RayJob", "spec": cron_job["spec"]["jobTemplate"]}
 
 
 def ray_accepts(cluster: dict[str, Any]) -> dict[str, Any]:
@@ -73,12 +84,15 @@ def test_workers_are_spot_first_and_on_demand_where_there_is_none(cluster: dict[
     assert all(node["node_config"]["InstanceType"] for node in workers.values())
 
 
-def test_whoever_has_no_token_cannot_reach_the_cluster(cluster: dict[str, Any], job: dict[str, Any]) -> None:
+def test_whoever_has_no_token_cannot_reach_the_cluster(
+    cluster: dict[str, Any], job: dict[str, Any], cron_job: dict[str, Any]
+) -> None:
     assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
     assert cluster["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
     start = " ".join(cluster["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start and "0.0.0.0" not in start
-    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    for one in (job, nightly(cron_job)):
+        assert one["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
 
 
 def test_kubernetes_accepts_the_job_as_it_stands(job: dict[str, Any]) -> None:
@@ -101,20 +115,74 @@ def test_every_misspelt_or_mistyped_field_of_the_job_would_be_refused(job: dict[
     assert not validator().is_valid(job)
 
 
+def test_kubernetes_accepts_the_job_of_every_night_as_it_stands(cron_job: dict[str, Any]) -> None:
+    assert [error.message for error in cron_validator().iter_errors(cron_job)] == []
+
+
+def test_every_misspelt_field_of_the_job_of_every_night_would_be_refused(cron_job: dict[str, Any]) -> None:
+    template = cron_job["spec"]["jobTemplate"]
+    worker = template["rayClusterSpec"]["workerGroupSpecs"][0]
+    for place in (cron_job["spec"], template, worker, worker["template"]["spec"]["containers"][0]):
+        place["misspelt"] = 1
+        assert any("misspelt" in error.message for error in cron_validator().iter_errors(cron_job)), sorted(place)
+        del place["misspelt"]
+    del cron_job["spec"]["schedule"]
+    assert not cron_validator().is_valid(cron_job)
+
+
+def cron_validator() -> Draft202012Validator:
+    """KubeRay's definition of a RayCronJob: what stands in its jobTemplate is what stands in a RayJob's spec."""
+    schema = json.loads((ROOT / "tests/schemas/rayjob.json").read_text())
+    schema["properties"]["kind"]["enum"] = ["RayCronJob"]
+    schema["properties"]["spec"] = {
+        "type": "object",
+        "properties": {
+            "jobTemplate": schema["properties"]["spec"],
+            "schedule": {"type": "string"},
+            "suspend": {"type": "boolean"},
+            "timeZone": {"type": "string", "minLength": 1},
+        },
+        "required": ["jobTemplate", "schedule"],
+        "additionalProperties": False,
+    }
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def test_every_night_comes_and_does_what_is_missing_and_ends(cron_job: dict[str, Any]) -> None:
+    from jobs.schedule import Arguments
+    from pipeline.cli import parse
+    from pipeline.transfer import protocols, tasks
+    from pipeline.transfer.schedule import Cron
+
+    Cron(cron_job["spec"]["schedule"], cron_job["spec"]["timeZone"])
+    python, script, *words = shlex.split(cron_job["spec"]["jobTemplate"]["entrypoint"])
+    assert (python, script) == ("python", "/home/ray/vitscale/jobs/schedule.py")
+    said = parse(Arguments, words)
+    assert not said.cron and not said.on_milestone and not said.spare
+    tasks.named(said.tasks), protocols.named(said.protocol)
+    (worker,) = cron_job["spec"]["jobTemplate"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert 0 < said.gpus_each <= int(container["resources"]["limits"]["nvidia.com/gpu"])
+
+
 def validator() -> Draft202012Validator:
     schema = json.loads((ROOT / "tests/schemas/rayjob.json").read_text())
     Draft202012Validator.check_schema(schema)
     return Draft202012Validator(schema)
 
 
-def test_a_job_that_fails_goes_on_and_one_that_is_stopped_may_save(job: dict[str, Any]) -> None:
-    spec = job["spec"]
-    env = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
-    assert spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"]
-    assert all(isinstance(value, str) for value in env.values()), "Ray refuses numbers here"
-    assert env["RAY_JOB_STOP_SIGNAL"] == "SIGINT" and "MLFLOW_TRACKING_URI" in env
-    for pod in pods(job):
-        assert pod["terminationGracePeriodSeconds"] >= int(env["RAY_JOB_STOP_WAIT_TIME_S"])
+def test_a_job_that_fails_goes_on_and_one_that_is_stopped_may_save(
+    job: dict[str, Any], cron_job: dict[str, Any]
+) -> None:
+    for one in (job, nightly(cron_job)):
+        spec = one["spec"]
+        env = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+        assert spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"]
+        assert all(isinstance(value, str) for value in env.values()), "Ray refuses numbers here"
+        assert env["RAY_JOB_STOP_SIGNAL"] == "SIGINT" and "MLFLOW_TRACKING_URI" in env
+        for pod in pods(one):
+            assert pod["terminationGracePeriodSeconds"] >= int(env["RAY_JOB_STOP_WAIT_TIME_S"])
 
 
 def test_every_worker_that_goes_says_so_in_time(cluster: dict[str, Any], job: dict[str, Any]) -> None:
@@ -149,8 +217,8 @@ def test_the_entrypoint_is_a_command_of_this_tree_in_the_image(job: dict[str, An
     assert (ROOT / f"pipeline/experiments/{experiment}.py").exists()
 
 
-def test_no_container_runs_as_root(job: dict[str, Any]) -> None:
-    assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods(job))
+def test_no_container_runs_as_root(job: dict[str, Any], cron_job: dict[str, Any]) -> None:
+    assert all(pod["securityContext"]["runAsNonRoot"] for pod in (*pods(job), *pods(nightly(cron_job))))
     users = re.findall(r"^USER (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
     assert users and users[-1] not in ("root", "0")
 
@@ -160,8 +228,13 @@ def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
     return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
-def test_every_place_names_the_same_image_and_the_same_ray(cluster: dict[str, Any], job: dict[str, Any]) -> None:
-    images = {container["image"] for pod in pods(job) for container in pod["containers"]} | {cluster["docker"]["image"]}
+def test_every_place_names_the_same_image_and_the_same_ray(
+    cluster: dict[str, Any], job: dict[str, Any], cron_job: dict[str, Any]
+) -> None:
+    every_pod = [*pods(job), *pods(nightly(cron_job))]
+    images = {container["image"] for pod in every_pod for container in pod["containers"]} | {cluster["docker"]["image"]}
+    template = cron_job["spec"]["jobTemplate"]
+    assert template["rayClusterSpec"]["rayVersion"] == job["spec"]["rayClusterSpec"]["rayVersion"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert images == {f"registry.example.com/vitscale:{project['version']}"}
     assert next(iter(images)) in DOCKERFILE.read_text()

@@ -38,7 +38,7 @@ def html(report: Report, uri: str, when: datetime) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>Comparison of runs · vitscale</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <main>
@@ -174,7 +174,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"\^(-?[\d.]+)", r"<sup>\1</sup>", kept)
 
 
-_STYLE = """
+STYLE = """
 :root {
   --ink: #1f2328; --quiet: #646a73; --grid: #e9e6df; --paper: #fdfcf9; --line: #d9d5cb; --accent: #1b5e9e;
   --doubt: #a1470f; --wash: #f5f2ea;

@@ -1,0 +1,436 @@
+"""What fine-tunings came to, in the tables of the papers, with the papers' own numbers beside ours.
+
+Everything is computed from the results that a sweep leaves in its folder: `tested.py` makes lines of them, `clean.py`
+leaves out what the corpus holds, and `published.py` has what others reached.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+
+from pipeline.cli import parse
+from pipeline.insight import words
+from pipeline.insight.clean import Held, clean, contaminated
+from pipeline.insight.page import STYLE as PAGE_STYLE
+from pipeline.insight.published import (
+    AUGREGS,
+    BIT_M,
+    CMTS,
+    DEITS,
+    GROUPS,
+    MAXVITS,
+    TABLE_2,
+    TABLE_5,
+    TABLE_6,
+    TABLE_9,
+    VTAB,
+    Line,
+    Number,
+)
+from pipeline.insight.report import Report, Results, Transfer
+from pipeline.insight.tables import ABSENT, STYLE, Row, Table, html, markdown, show
+from pipeline.insight.tested import Ours, Result, Tested, lines
+from shards.storage import Folder
+
+HEADINGS = {
+    "imagenet": "ImageNet",
+    "real": "ReaL",
+    "v2": "V2",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "pets": "Pets",
+    "flowers": "Flowers",
+    "vtab": "VTAB (19)",
+    "exaflops": "exaFLOPs",
+}
+"""Of the columns that the papers' tables have."""
+_OF_PAPERS = {"imagenet", "cifar10", "cifar100", "pets", "flowers", *VTAB}
+_MEANS = {
+    "vtab": "mean of 19",
+    "natural": "mean of natural (7)",
+    "specialized": "mean of specialized (4)",
+    "structured": "mean of structured (8)",
+}
+
+
+def tables(
+    results: Mapping[str, Result],
+    held: Mapping[str, Held] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> tuple[Table, ...]:
+    """The tables in which the results have something to say.
+
+    `held` says by root digest of a test set which of its pictures the pretraining's corpus holds; `names` calls
+    models, by digest, by a name.
+    """
+    ours = lines(results, names)
+    made = [
+        _models("Transfer (as table 2 of the ViT paper)", ours, _FIRST, [*TABLE_2, *BIT_M, *_OTHERS]),
+        _models("Transfer by size and pretraining (as tables 5 and 6)", ours, _SECOND, [*TABLE_5, *TABLE_6]),
+        _vtab(ours),
+        _beside(ours),
+        _clean(ours, held) if held is not None else None,
+    ]
+    return tuple(table for table in made if table)
+
+
+_FIRST = ("imagenet", "real", "v2", "cifar10", "cifar100", "pets", "flowers", "vtab")
+_SECOND = ("imagenet", "real", "cifar10", "cifar100", "pets", "flowers", "exaflops")
+_OTHERS = (*(line for line in MAXVITS if line.model.endswith("512 px")), *CMTS, *DEITS, *AUGREGS)
+
+
+def _models(title: str, ours: Sequence[Ours], columns: Sequence[str], others: Sequence[Line]) -> Table | None:
+    """A row for each model; None where none of ours has a number in it."""
+    known = [line for line in ours if {*line.values, *line.undecided} & set(columns)]
+    if not known:
+        return None
+    shown = [column for column in columns if any(column in _values(line) for line in [*known, *others])]
+    sources = _marks(line for line in others)
+    rows = [Row((line.label, *_cells(line.values, shown)), ours=True, section="ours") for line in known]
+    rows += [
+        Row((f"{line.model} [{sources[line.source]}]", *_cells(_values(line), shown)), section=line.source)
+        for line in others
+    ]
+    notes = (*_notes(known, shown), *(f"[{mark}] {source}" for source, mark in sources.items()))
+    return Table(title, ("model", *(HEADINGS[column] for column in shown)), tuple(rows), notes)
+
+
+def _values(line: Ours | Line) -> Mapping[str, Number]:
+    """With the compute of its pretraining, where it was told."""
+    if isinstance(line, Line) and line.exaflops is not None:
+        return {**line.values, "exaflops": Number(line.exaflops, decimals=0)}
+    return line.values
+
+
+def _cells(values: Mapping[str, Number], columns: Iterable[str]) -> list[str]:
+    return [str(values[column]) if column in values else ABSENT for column in columns]
+
+
+def _marks(others: Iterable[Line]) -> dict[str, int]:
+    """A number for each source, in their order."""
+    return {source: i for i, source in enumerate(dict.fromkeys(line.source for line in others), 1)}
+
+
+def _notes(ours: Sequence[Ours], columns: Iterable[str]) -> list[str]:
+    """How our numbers are to be read, and what is missing to those that are not there."""
+    seeds = sorted({len(test.seeds) for line in ours for test in line.tests.values()} or {0})
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    notes = [
+        f"Test accuracy in %. Ours stand out: mean over {count} seed{'s' if count != '1' else ''}"
+        f"{' ± sample standard deviation' if seeds[-1] > 1 else ''}, with learning rates chosen without the test set. "
+        "21k is ImageNet-21k."
+    ]
+    notes += [
+        f"{line.label}: several learning rates were tested on {task}, and none was chosen; it is left out."
+        for line in ours
+        for task in line.undecided
+    ]
+    if {"vtab", *GROUPS} & set(columns):
+        notes += [f"{line.label}: {missing}" for line in ours if (missing := _missing(line))]
+    return notes
+
+
+def _missing(line: Ours) -> str:
+    """Which tasks of VTAB-1k are not there, of those that have begun."""
+    absent = [task.removeprefix("vtab_") for task in VTAB if task not in line.tests]
+    if not absent or len(absent) == len(VTAB):
+        return ""
+    return f"{len(VTAB) - len(absent)} of the 19 tasks of VTAB-1k, so no mean of them; missing: {', '.join(absent)}."
+
+
+def _vtab(ours: Sequence[Ours]) -> Table | None:
+    """A row for each task of VTAB-1k and a column for each model, as table 9 turned."""
+    known = [line for line in ours if {*line.values, *line.undecided} & set(VTAB)]
+    if not known:
+        return None
+    others = [*TABLE_9, *(line for line in BIT_M if "natural" in line.values)]
+    sources = _marks(others)
+    columns = [*(line.label for line in known), *(f"{line.model} [{sources[line.source]}]" for line in others)]
+    named = {task: task.removeprefix("vtab_").replace("_", " ") for task in VTAB} | _MEANS
+    groups = {**{group: (*tasks, group) for group, tasks in GROUPS.items()}, "vtab": ("vtab",)}
+    rows = [
+        Row((named[key], *(_short(_values(line), key) for line in [*known, *others])), key in _MEANS, group)
+        for group, keys in groups.items()
+        for key in keys
+    ]
+    notes = (
+        *_notes(known, ["vtab"]),
+        "Means of groups in the columns of table 9 are computed from their tasks.",
+        *(f"[{mark}] {source}" for source, mark in sources.items()),
+    )
+    title = "VTAB-1k by task (as table 9)"
+    return Table(title, ("task", *columns), tuple(rows), notes, ours=frozenset(range(1, len(known) + 1)))
+
+
+def _short(values: Mapping[str, Number], key: str) -> str:
+    if key not in values:
+        return ABSENT
+    one = values[key]
+    return str(one if key == "vtab" else Number(one.mean, one.deviation, 1))
+
+
+def _beside(ours: Sequence[Ours]) -> Table | None:
+    """Tasks that no paper has: pretrained beside from scratch."""
+    scratch = [line for line in ours if line.start == "scratch"]
+    found = [
+        Transfer(line.name, line.model, task, line.protocol, _results(test), _results(_scratch(scratch, line, task)))
+        for line in ours
+        if line.start != "scratch"
+        for task, test in sorted(line.tests.items())
+        if task not in _OF_PAPERS
+    ]
+    if not found:
+        return None
+    report = Report((), tuple(found), None, 0)
+    several = len({(one.source, one.checkpoint, one.protocol) for one in found}) > 1
+    rows = tuple(
+        Row((f"{one.task}, {_who(one)}" if several else one.task, *row[2:]), section=_who(one))
+        for row, one in zip(words.task_rows(report), found, strict=True)
+    )
+    notes = (
+        "Test accuracy in %, mean ± sample standard deviation over the seeds, whose number stands in brackets. The "
+        "margin is in points, with its standard error; ahead means by more than two of them. Learning rates, of "
+        "pretrained and of scratch, were chosen without the test set.",
+        *words.doubts(report),
+        *(f"Pretrained: {who}." for who in dict.fromkeys(map(_who, found)) if not several),
+    )
+    return Table("Pretrained beside from scratch", words.TASK_COLUMNS[1:], rows, notes, words=frozenset({0, 4, 5}))
+
+
+def _who(transfer: Transfer) -> str:
+    return f"{transfer.source}, {transfer.protocol}"
+
+
+def _scratch(scratch: Sequence[Ours], line: Ours, task: str) -> Tested | None:
+    """What the same protocol reached from scratch; None where that is of several architectures, or nothing."""
+    same = [one for one in scratch if one.protocol == line.protocol and task in one.tests]
+    same = [one for one in same if _same_setting(one.tests[task], line.tests[task])]
+    return same[0].tests[task] if len({one.model for one in same}) == 1 else None
+
+
+def _same_setting(one: Tested, other: Tested) -> bool:
+    ours, theirs = (test.results[0]["trial"] for test in (one, other))
+    said = ours["recipe"].keys() & theirs["recipe"].keys()
+    return ours["data"] == theirs["data"] and all(ours["recipe"][name] == theirs["recipe"][name] for name in said)
+
+
+def _results(test: Tested | None) -> Results | None:
+    return Results(test.accuracies(), (f"{test.rate:g}",)) if test else None
+
+
+def _clean(ours: Sequence[Ours], held: Mapping[str, Held]) -> Table:
+    """Accuracy with and without the test pictures that the corpus holds."""
+    rows: list[Row] = []
+    unknown: dict[str, None] = {}
+    for line, name, test, also in _test_sets(ours):
+        called = HEADINGS.get(also or name, also or name)
+        if one := clean(test, held, also):
+            cells = (f"{one.pictures:,}", f"{one.found:,}", str(one.all), str(one.clean or ABSENT))
+            rows.append(Row((f"{called}, {line.label}", *cells), section=line.label))
+        else:
+            unknown["VTAB-1k" if called in VTAB else called] = None
+    notes = [
+        "Found: test pictures of which the corpus held a copy before --against took it out. Clean subset: the accuracy "
+        "on all others, in %. It matters for models that were pretrained on the corpus as it was before."
+    ]
+    if unknown:
+        notes.append(f"The corpus was not held against the test pictures, as they are now, of: {', '.join(unknown)}.")
+    columns = ("test set", "pictures", "found", "all", "clean subset")
+    return Table("Without test pictures that the corpus holds", columns, tuple(rows), tuple(notes))
+
+
+def _test_sets(ours: Sequence[Ours]) -> Iterator[tuple[Ours, str, Tested, str]]:
+    """Every test of ours, with the further test sets of each."""
+    for line in ours:
+        for name, test in sorted(line.tests.items()):
+            for also in ("", *(key for key, _ in test.task["also"] if test.accuracies(key))):
+                yield line, name, test, also
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+_CSV: tuple[str, ...] = (
+    "model",
+    "protocol",
+    "start",
+    "checkpoint",
+    "task",
+    "accuracy",
+    "deviation",
+    "seeds",
+    "rate",
+    "clean",
+    "source",
+)
+
+
+def points_csv(
+    results: Mapping[str, Result],
+    held: Mapping[str, Held] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> str:
+    """Every number of ours at full precision and every published one as printed, in %, a line each."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV, lineterminator="\n")
+    writer.writeheader()
+    for line in lines(results, names):
+        same = {"model": line.name, "protocol": line.protocol, "start": line.start, "checkpoint": line.model}
+        for column, one in line.values.items():
+            row = {**same, "task": column, "accuracy": one.mean, "deviation": one.deviation, "source": "ours"}
+            if test := line.tests.get(column):
+                unseen = clean(test, held or {})
+                row |= {"seeds": len(test.seeds), "rate": test.rate}
+                row["clean"] = unseen.clean.mean if unseen and unseen.clean else None
+            writer.writerow(row)
+    for line in (*TABLE_2, *TABLE_5, *TABLE_6, *TABLE_9, *BIT_M, *MAXVITS, *CMTS, *DEITS, *AUGREGS):
+        for column, one in line.values.items():
+            writer.writerow(
+                {
+                    "model": line.model,
+                    "task": column,
+                    "accuracy": f"{one.mean:.{one.decimals}f}",
+                    "deviation": one.deviation,
+                    "source": line.source,
+                }
+            )
+    return text.getvalue()
+
+
+def markdown_page(made: Sequence[Table], title: str) -> str:
+    """All tables in Markdown."""
+    return "\n".join([f"# {title}\n", *(markdown(table) for table in made)])
+
+
+def html_page(made: Sequence[Table], title: str, where: str, when: datetime) -> str:
+    """The page. It loads nothing, and it has no scripts."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Transfer · vitscale</title>
+<style>{PAGE_STYLE}{STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kind">vitscale · transfer</p>
+<h1>{escape(title)}</h1>
+<p class="from">Read from <code>{escape(where)}</code> on
+<time datetime="{when.isoformat(timespec="seconds")}">{when:%-d %B %Y, %H:%M %Z}</time></p>
+</header>
+{"".join(map(html, made))}
+</main>
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Show what fine-tunings came to beside what the papers report."""
+
+    to: str = ""
+    """Folder or URL for report.html, report.md and report.csv; FOLDER/report if empty."""
+    corpus: str = ""
+    """A corpus that was made with --against: which test pictures it held is known, and left out in a second column."""
+    sets: str = ""
+    """Folder of the test sets, where they are no longer where they were when the corpus was made."""
+    checkpoints: str = ""
+    """Runs, milestones or exports, with commas between them, to call the models by their names."""
+
+
+def report_main(argv: list[str]) -> None:
+    """`report FOLDER`: print the tables, write them and say where; FOLDER is what `--to` was for the fine-tunings."""
+    match argv:
+        case ["-h" | "--help", *_]:
+            parse(Arguments, ["--help"])
+        case [folder, *options] if not folder.startswith("-"):
+            _report(Folder(folder), parse(Arguments, options))
+        case _:
+            raise ValueError("report takes the folder of the results first: python jobs/finetune.py report FOLDER")
+
+
+def _report(folder: Folder, wanted: Arguments) -> None:
+    from rich.console import Console
+
+    if wanted.sets and not wanted.corpus:
+        raise ValueError("--sets says where the test sets of a corpus are; --corpus is missing")
+    results = read(folder)
+    held = contaminated(wanted.corpus, wanted.sets) if wanted.corpus else None
+    names = named(wanted.checkpoints)
+    made = tables(results, held, names)
+    if not made:
+        raise ValueError(f"{folder.absolute} has no result of a test yet, only of trials to choose a learning rate by")
+    show(made, Console())
+    target = Folder(wanted.to) if wanted.to else folder / "report"
+    print(f"report: {write(target, made, points_csv(results, held, names), headline(results), folder.absolute)}")
+
+
+def read(folder: Folder) -> dict[str, Result]:
+    """The results in the folder of a sweep, by trial; ValueError where there are none, or one is no result."""
+    inside = folder / "results"
+    files = sorted(name for name in inside.sizes() if name.endswith(".json"))
+    if not files:
+        raise ValueError(
+            f"{inside.absolute} has no results; python jobs/finetune.py … --to {folder.absolute} makes them"
+        )
+    found: dict[str, Result] = {}
+    for file, data in zip(files, inside.ranges([(file, 0, -1) for file in files]), strict=True):
+        try:
+            result = json.loads(data)
+            absent = _NEEDED - result.keys() or _OF_TRIAL - result["trial"].keys()
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise ValueError(f"{inside.absolute}/{file} is damaged: {error}") from error
+        if absent:
+            raise ValueError(f"{inside.absolute}/{file} has no {min(absent)!r}: it is no result of this version")
+        found[file.removesuffix(".json")] = result
+    return found
+
+
+_NEEDED = {"trial", "accuracy", "correct", "count", "right", "also"}
+_OF_TRIAL = {"task", "data", "split", "start", "model", "protocol", "recipe", "rate", "seed"}
+
+
+def named(checkpoints: str) -> dict[str, str]:
+    """Names of models and of their architectures, by digest: the last parts of where they lie.
+
+    Of a run its milestones have names too. ValueError where there is no model.
+    """
+    from pipeline.models.weights.exported import ABOUT, find
+
+    found: dict[str, str] = {}
+    for url in filter(None, checkpoints.split(",")):
+        run = Folder(url)
+        places = [f"milestones/{one}" for one in (run / "milestones").folders()]
+        places = [place for place in places if run.exists(f"{place}/{ABOUT}")]
+        if not places or run.exists(f"export/{ABOUT}"):
+            places.append("export" if run.exists(f"export/{ABOUT}") else "")
+        for place in places:
+            model, parts = find((run / place if place else run).absolute), [*run.absolute.split("/"), *place.split("/")]
+            *_, before, last = [part for part in parts if part not in ("", "export", "milestones")]
+            found[model.digest] = f"{before} {last}" if last.startswith("step-") else last
+            found.setdefault(model.architecture, before if last.startswith("step-") else last)
+    return found
+
+
+def headline(results: Mapping[str, Result]) -> str:
+    """How much there is."""
+    tested = [result["trial"] for result in results.values() if result["trial"]["split"] == "test"]
+    tasks = len({trial["task"]["name"] for trial in tested})
+    models = len({trial["model"] for trial in tested if trial["start"] == "pretrained"})
+    words = (f"{count:,} {what}" + ("s" if count != 1 else "") for count, what in ((tasks, "task"), (models, "model")))
+    return f"{', '.join(words)}, {len(tested):,} test" + ("s" if len(tested) != 1 else "")
+
+
+def write(folder: Folder, made: Sequence[Table], points: str, title: str, where: str) -> str:
+    """Write `report.html`, `report.md` and `report.csv`; returns the place of the page."""
+    folder.write("report.csv", points.encode())
+    folder.write("report.md", markdown_page(made, title).encode())
+    folder.write("report.html", html_page(made, title, where, datetime.now(UTC)).encode())
+    return f"{folder.absolute}/report.html"

@@ -1,0 +1,255 @@
+"""A fine-tuning that is a run of its own: of a task too large for one process, on all of a cluster.
+
+It lives in a folder like every run and goes on from what it finds there, whoever is killed and on as many processes as
+there is room for. When all steps are done the processes share the test pictures, each of which is looked at once.
+"""
+
+import json
+import time
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import Config, Data, Optim
+from pipeline.data.corpus import Corpus
+from pipeline.data.loader import Feed
+from pipeline.launch import has_gpus, launch
+from pipeline.objectives.classify import correct
+from pipeline.track import log
+from pipeline.track.runs import tracking_uri
+from pipeline.train.checkpoint import CHECKPOINTS
+from pipeline.train.engine import Engine
+from pipeline.train.folder import Job, finished, open_folder, refuse_misfits, roots_of
+from pipeline.train.objective import to_device
+from pipeline.train.run import Told, work
+from pipeline.transfer.features import started
+from pipeline.transfer.finetune import Trial, check
+from pipeline.transfer.protocols import Recipe
+from pipeline.transfer.tasks import TEST, Part, Task, find, roots
+from shards.manifest import ShardSet
+from shards.storage import Folder
+
+Result = dict[str, Any]
+
+COUNTED = "counted.json"
+LANES = 64
+"""The most; they decide the order of the pictures, so they depend on the recipe alone."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of one shard set, in hundredths of it."""
+
+    url: str
+    part: tuple[int, int]
+
+
+def perform(
+    trial: Trial,
+    source: str,
+    data: str,
+    folder: Folder,
+    *,
+    processes: Sequence[int],
+    say: Callable[[str], None] = print,
+    cpus_each: int = 1,
+    max_failures: int = 10,
+    uri: str = "",
+) -> Result:
+    """Run the trial, or the rest of it, with the checkpoint at `source` and the tasks' shard sets under `data`.
+
+    On the largest of these numbers of processes for which the Ray cluster has room, under `folder`/runs. The same trial
+    has the same result on any of them, to rounding. MLflow at `uri` (the environment's if empty) has its curves.
+    ValueError, before a machine is asked for, where the checkpoint, the task's data or the recipe do not fit; as
+    `pipeline.launch.launch` otherwise.
+    """
+    began = time.monotonic()
+    gpus = has_gpus()
+    config, count = planned(trial, source, data, cpus_each=cpus_each, precision="bf16" if gpus else "fp32")
+    numbers = _allowed(config, processes)
+    run, title = Folder((folder / f"runs/{trial.name}").absolute), trial.describe()
+    training, validation = refuse_misfits(config, numbers[0])
+    if not finished(run):
+        say(f"{title}: a run of its own, {config.steps(training.samples):,} steps; {run.absolute}")
+        place = tracking_uri(uri or None)
+        open_folder(config, run.absolute, roots_of(config, training, validation))
+        mlflow_run = _begin(place, run, title, trial)
+        try:
+            launch(
+                Job(config, run.absolute, place, mlflow_run, title),
+                numbers,
+                gpus=gpus,
+                cpus_each=cpus_each,
+                max_failures=max_failures,
+                work=partial(work, ended=count),
+            )
+        except BaseException as error:
+            log.end(place, mlflow_run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        log.end(place, mlflow_run)
+    counted = json.loads(run.read(COUNTED))
+    run.remove(CHECKPOINTS)  # the model is exported, and nothing goes on from here
+    own = counted.pop("")
+    say(f"{title}: {100 * own['accuracy']:.2f} % of {own['count']:,} pictures")
+    seconds = time.monotonic() - began
+    return {"trial": asdict(trial), **own, "classes": config.classes, "seconds": seconds, "also": counted}
+
+
+def planned(
+    trial: Trial, source: str, data: str, *, cpus_each: int, precision: Literal["bf16", "fp32"]
+) -> tuple[Config, "Count"]:
+    """The run that a trial is, and what is counted at its end; ValueError where they do not fit together."""
+    start, task, sets = started(source), trial.task, find(data, trial.task)
+    model = check(trial.recipe, start.config)
+    if trial.model != (there := start.digest if trial.start == "pretrained" else start.architecture):
+        raise ValueError(f"the checkpoint at {source} has changed: it is {there}, not {trial.model}")
+    if (found := roots(sets)) != trial.data:
+        raise ValueError(f"the shard sets of {task.name} have changed: {found} instead of {trial.data}")
+    learnt = _stretches(task, sets, task.training(trial.split))
+    if len(learnt) != 1:
+        raise ValueError(f"{task.name} is learnt from several sets or parts of them; a run takes one")
+    judged = {"": _stretches(task, sets, task.judged(trial.split))}
+    if trial.split == TEST:
+        judged |= {name: _stretches(task, sets, (Part(where),)) for name, where in task.also if where in sets}
+    classes = _classes(task, sets, [*learnt, *(stretch for some in judged.values() for stretch in some)])
+    recipe = trial.recipe
+    config = Config(
+        name=trial.name,
+        classes=classes,
+        model=model,
+        start=start.folder.absolute if trial.start == "pretrained" else "",
+        data=_data(recipe, learnt[0], cpus_each),
+        augment=recipe.augment,
+        optim=_optim(recipe, trial.rate),
+        objective="softmax",
+        smoothing=recipe.smoothing,
+        duration=float(recipe.steps),
+        unit="steps",
+        batch=recipe.batch,
+        precision=precision,
+        seed=trial.seed,
+        save_every=max(1, min(500, recipe.steps // 10)),
+        keep=1,
+        log_every=50,
+    )
+    return config, Count({name: tuple(some) for name, some in judged.items()})
+
+
+def _stretches(task: Task, sets: dict[str, ShardSet], parts: Sequence[Part]) -> list[Stretch]:
+    """The parts, in order; those that adjoin as one."""
+    found: list[Stretch] = []
+    for part in parts:
+        url = sets[task.where(part)].folder.absolute
+        if found and found[-1].url == url and found[-1].part[1] == part.first:
+            found[-1] = Stretch(url, (found[-1].part[0], part.last))
+        else:
+            found.append(Stretch(url, (part.first, part.last)))
+    return found
+
+
+def _classes(task: Task, sets: dict[str, ShardSet], stretches: Sequence[Stretch]) -> int:
+    """Of all these sets; ValueError where they have not as many."""
+    by_url = {one.folder.absolute: len(one.manifest.classes) for one in sets.values()}
+    counts = {stretch.url: by_url[stretch.url] for stretch in stretches}
+    if len(set(counts.values())) != 1:
+        said = ", ".join(f"{url} {count:,}" for url, count in counts.items())
+        raise ValueError(f"the shard sets of {task.name} have not as many classes as each other: {said}")
+    return next(iter(counts.values()))
+
+
+def _data(recipe: Recipe, learnt: Stretch, cpus_each: int) -> Data:
+    """How the recipe cuts its pictures; ValueError where a run has no such cut."""
+    if recipe.method != "all" or recipe.training == "resmall" or (recipe.evaluation == "square" and recipe.judged < 1):
+        how = f"{recipe.method}, pictures cut by {recipe.training}, {recipe.judged:g} of a {recipe.evaluation} judged"
+        raise ValueError(f"this recipe is none for a run of its own ({how}): choose a protocol that trains all weights")
+    lanes = next(lanes for lanes in range(min(LANES, recipe.batch), 0, -1) if recipe.batch % lanes == 0)
+    return Data(
+        shards=learnt.url,
+        part=learnt.part,
+        lanes=lanes,
+        window=2048,
+        crop_area=recipe.area,
+        crop_side={"inception": 0.0, "crop": recipe.share, "resize": 1.0}[recipe.training],
+        flip=recipe.flip,
+        eval_crop=recipe.judged if recipe.evaluation == "central" else 0.0,
+        threads=cpus_each,
+    )
+
+
+def _optim(recipe: Recipe, rate: float) -> Optim:
+    return Optim(
+        optimizer=recipe.optimizer,
+        lr=rate,
+        warmup=recipe.warmup,
+        decay=recipe.decay,
+        end_lr=recipe.end * rate,
+        boundaries=recipe.boundaries,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        decayed=recipe.decayed,
+        clip=recipe.clip,
+        average=recipe.average,
+    )
+
+
+def _allowed(config: Config, processes: Sequence[int]) -> list[int]:
+    """Those of the numbers on which the run can be; ValueError says why where there are none."""
+    found = sorted(number for number in processes if not config.problem(number))
+    if not found:
+        config.check(max(processes))
+    return found
+
+
+def _begin(uri: str, run: Folder, title: str, trial: Trial) -> str:
+    """The MLflow run that has the curves. The result goes to the trial's own, with those of small tasks."""
+    tags = {"vitscale.kind": "large", "vitscale.folder": run.absolute, "vitscale.of": trial.name}
+    params = {"task": trial.task.name, "split": trial.split, "lr": trial.rate, "seed": trial.seed}
+    return log.begin(uri, title, tags, {**params, "protocol": trial.protocol}, same="vitscale.folder")
+
+
+@dataclass(frozen=True)
+class Count:
+    """What all processes do when the steps are done: look at every picture of each of the test sets once."""
+
+    judged: dict[str, tuple[Stretch, ...]]
+    """What the accuracy is of, under "", and further test sets by their names."""
+
+    def __call__(self, job: Job, engine: Engine, told: Told) -> None:
+        """Write `COUNTED`: of each set how many are right, and a bit for each picture, in the set's order."""
+        with engine.averaged():
+            said = {name: _judgement(job.config, stretches, engine, told) for name, stretches in self.judged.items()}
+        if engine.world.first:
+            Folder(job.folder).write(COUNTED, json.dumps(said).encode())
+
+
+def _judgement(config: Config, stretches: Sequence[Stretch], engine: Engine, told: Told) -> dict[str, Any]:
+    parts = [_right(config, Corpus.open(one.url, one.part), engine, told).cpu() for one in stretches]
+    right, labelled = torch.cat(parts, dim=1).bool().numpy()
+    hits, count = int(right.sum()), int(labelled.sum())
+    bits = b64encode(np.packbits(right).tobytes()).decode()
+    return {"accuracy": hits / count, "correct": hits, "count": count, "right": bits}
+
+
+@torch.no_grad()
+def _right(config: Config, corpus: Corpus, engine: Engine, told: Told) -> Tensor:
+    """(2, n): of each picture of a set whether it is named rightly, and whether it has a label at all."""
+    feed = Feed(corpus, config, engine.world, pinned=engine.device.type == "cuda")
+    found = torch.zeros(3, corpus.samples, device=engine.device)
+    engine.model.eval()
+    for batch in told(feed.evaluation(config.micro(engine.world.size))):
+        given = to_device(batch, engine.device, config.classes)
+        right = correct(engine.model(given.images.to(engine.dtype)), given.labels) & (given.labels >= 0).any(1)
+        seen = torch.stack([right, (given.labels >= 0).any(1), given.weights > 0]).float()
+        here = batch.samples >= 0
+        found[:, batch.samples[here].to(engine.device)] += seen[:, here.to(engine.device)]
+    feed.close()
+    engine.model.train()
+    found = engine.sum(found)
+    assert bool((found[2] == 1).all()), "a picture that was looked at twice, or not at all"
+    return found[:2]
