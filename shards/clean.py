@@ -3,7 +3,8 @@
 Fingerprints are made of every picture, a task a piece, and kept in `parts/`, so that a build that was killed goes on.
 Pieces are held against each test set by tasks too; the corpus is held against itself in one process, by whole pictures
 alone. What the hashes find is then compared by its pixels. `duplicates.parquet` names each picture that left, and why;
-`contamination.html` shows what was found of the test sets.
+`contamination.parquet` names every test picture that was found, with every picture of the corpus that is a copy of it;
+`contamination.html` shows some of them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards import cluster, contamination, dedup, fingerprint
-from shards.manifest import DUPLICATES, ShardSet
+from shards.manifest import CONTAMINATION, DUPLICATES, ShardSet
 from shards.progress import Progress
 from shards.recipe import Clean, Recipe
 from shards.sources import Pictures, Ranges, sets
@@ -40,6 +41,16 @@ LEFT = pa.schema(
         ("reason", pa.string()),
         ("of", pa.string()),  # key of the picture that it is a copy of
         ("test_set", pa.string()),  # null where that one is of the corpus
+        ("distance", pa.int16()),
+        ("score", pa.float32()),
+    ]
+)
+
+FOUND = pa.schema(
+    [
+        ("test_set", pa.string()),
+        ("of", pa.string()),  # key of the picture in the test set
+        ("key", pa.string()),  # of the picture of the corpus that is a copy of it
         ("distance", pa.int16()),
         ("score", pa.float32()),
     ]
@@ -75,7 +86,7 @@ def test_sets(wanted: Clean) -> dict[str, ShardSet]:
 
 
 def survivors(recipe: Recipe, source: Pictures, parts: Folder) -> Kept:
-    """What stays of a source; what leaves is written to `parts`."""
+    """What stays of a source; what leaves, and what was found of test sets, is written to `parts`."""
     against = {name: sets.read(one) for name, one in test_sets(recipe.clean).items()}
     cluster.connect()
     _print_all(f"{recipe.name}: fingerprints", source, parts / "prints")
@@ -89,6 +100,7 @@ def survivors(recipe: Recipe, source: Pictures, parts: Folder) -> Kept:
     decisions = dedup.decide(len(source), inside, tested, mode)
     parts.write(DUPLICATES, _named(decisions, source, against))
     if against:
+        parts.write(CONTAMINATION, _linked(tested, source, against))
         parts.write(PAGE, _page(recipe, source, against, inside, tested).encode())
     stays = np.ones(len(source), bool)
     stays[decisions["number"].to_numpy()] = False
@@ -98,7 +110,7 @@ def survivors(recipe: Recipe, source: Pictures, parts: Folder) -> Kept:
 
 def removed(parts: Folder) -> Removed:
     """What `survivors` wrote."""
-    names = [name for name in (DUPLICATES, PAGE) if parts.exists(name)]
+    names = [name for name in (DUPLICATES, CONTAMINATION, PAGE) if parts.exists(name)]
     files = {name: parts.read(name) for name in names}
     left = pq.read_table(BytesIO(files[DUPLICATES]))
     reasons: dict[str, int] = {}
@@ -241,6 +253,23 @@ def _named(decisions: pa.Table, source: Pictures, against: Mapping[str, Ranges])
     }
     data = BytesIO()
     pq.write_table(pa.table({name: columns[name] for name in LEFT.names}).cast(LEFT), data)
+    return data.getvalue()
+
+
+def _linked(tested: Mapping[str, pa.Table], source: Pictures, against: Mapping[str, Ranges]) -> bytes:
+    """`contamination.parquet`: every confirmed pair, by test set, in the order of its pictures."""
+    made = [FOUND.empty_table()]
+    for name, pairs in tested.items():
+        ordered = pairs.sort_by([("of", "ascending"), ("number", "ascending")]).combine_chunks()
+        columns = {
+            "test_set": pa.repeat(pa.scalar(name, pa.string()), len(ordered)),
+            "of": against[name].table["key"].take(ordered["of"].combine_chunks()),
+            "key": source.table["key"].take(ordered["number"].combine_chunks()),
+            **{column: ordered[column] for column in ("distance", "score")},
+        }
+        made.append(pa.table({column: columns[column] for column in FOUND.names}).cast(FOUND))
+    data = BytesIO()
+    pq.write_table(pa.concat_tables(made).combine_chunks(), data)
     return data.getvalue()
 
 

@@ -2,7 +2,8 @@
 
 A set is a folder with `000000.tar ...`, `index.parquet` and, written last, `manifest.json`. The index has one row a
 picture and one row group a shard, so that a reader takes it shard by shard. Beside them, where there are any, lie
-`refused.parquet` and `duplicates.parquet`: what was left out, and why. A folder without a manifest is not a set.
+`refused.parquet` and `duplicates.parquet`: what was left out, and why; and `contamination.parquet`: what the pictures
+came from held of test sets. A folder without a manifest is not a set.
 
 A set may describe shards that lie elsewhere (`tars`): then its folder holds everything but the tars.
 """
@@ -29,6 +30,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 REFUSED = "refused.parquet"
 DUPLICATES = "duplicates.parquet"
+CONTAMINATION = "contamination.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -65,7 +67,7 @@ class Manifest:
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
     files: dict[str, str]
-    """The sha256 of the Parquet files beside the manifest, by name."""
+    """The sha256 of the other files beside the manifest, by name."""
     refused: dict[str, int]
     """Pictures that could not be used, by reason; `refused.parquet` names them."""
     removed: dict[str, int] = field(default_factory=dict)
@@ -173,7 +175,7 @@ class ShardSet:
     def _index(self) -> pq.ParquetFile:
         where = f"{self.folder.absolute}/{INDEX}"
         try:
-            index = self._open_index(where)
+            index = self._open_index()
         except pa.ArrowException as error:
             raise ValueError(f"{where} is damaged: {error}") from error
         if index.num_row_groups != len(self.manifest.shards):
@@ -182,14 +184,18 @@ class ShardSet:
             )
         return index
 
-    def _open_index(self, where: str) -> pq.ParquetFile:
+    def _open_index(self) -> pq.ParquetFile:
         if local := self._copy or (self.folder.local and self.folder.local / INDEX):
             return pq.ParquetFile(local, memory_map=True)
+        return pq.ParquetFile(BytesIO(self._right(INDEX)))
+
+    def _right(self, name: str) -> bytes:
+        """A file beside the manifest; ValueError where its digest is not that of the manifest."""
         for _attempt in range(2):  # a store may have answered with less
-            data = self.folder.read(INDEX)
-            if sha256(data).hexdigest() == self.manifest.files[INDEX]:
-                return pq.ParquetFile(BytesIO(data))
-        raise ValueError(f"{where} is damaged: its digest is not that of the manifest")
+            data = self.folder.read(name)
+            if sha256(data).hexdigest() == self.manifest.files[name]:
+                return data
+        raise ValueError(f"{self.folder.absolute}/{name} is damaged: its digest is not that of the manifest")
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
@@ -202,10 +208,13 @@ class ShardSet:
         return np.concatenate([[0], np.cumsum(self.counts)[:-1]])
 
     def beside(self, name: str) -> pa.Table | None:
-        """`refused.parquet` or `duplicates.parquet`; None where nothing was left out."""
+        """`refused.parquet`, `duplicates.parquet` or `contamination.parquet`; None where there was nothing to say.
+
+        ValueError where it is damaged.
+        """
         if name not in self.manifest.files:
             return None
-        return pq.read_table(BytesIO(self.folder.read(name)))
+        return pq.read_table(BytesIO(self._right(name)))
 
     def rows(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The index of one shard: a row a picture, in the order of the tar, with the columns of `SCHEMA` or some."""

@@ -18,10 +18,11 @@ from pipeline.data.corpus import Corpus
 from pipeline.data.loader import Feed
 from shards import planned
 from shards.build import build
+from shards.clean import FOUND
 from shards.datasets import Dataset, find
 from shards.image import Processing
 from shards.inplace import index
-from shards.manifest import DUPLICATES, INDEX, MANIFEST, REFUSED, ShardSet
+from shards.manifest import CONTAMINATION, DUPLICATES, INDEX, MANIFEST, REFUSED, ShardSet
 from shards.plan import Plan
 from shards.recipe import Clean, Recipe
 from shards.sources import Arrays, Origin, Ranges, key, listing
@@ -45,7 +46,8 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def made(source: Path | str, target: Path | str, form: str = "folder", **options: object) -> ShardSet:
-    recipe = Recipe("test", "all", **{"samples_per_shard": 12, **options})  # type: ignore[arg-type]
+    name = str(options.pop("name", "test"))
+    recipe = Recipe(name, "all", **{"samples_per_shard": 12, **options})  # type: ignore[arg-type]
     build(recipe, lambda: find(form).pictures("all", Origin(str(source))), Folder(str(target)))
     return ShardSet(str(target))
 
@@ -409,9 +411,65 @@ def test_no_picture_of_a_test_set_stays_and_a_page_shows_which_were_there(
     assert shards.manifest.samples == 35 and shards.manifest.removed == {"in test/all": 5}
     page = (tmp_path / "set" / "contamination.html").read_text()
     assert page.count("<img") >= 10 and "5 of the 5 pictures of 1 test set were found" in page
-    assert shards.manifest.files.keys() == {INDEX, DUPLICATES, "contamination.html"}
+    assert shards.manifest.files.keys() == {INDEX, DUPLICATES, CONTAMINATION, "contamination.html"}
     again = made(scenes, tmp_path / "again", clean=clean)
     assert again.manifest == shards.manifest
+
+
+@pytest.fixture
+def held_out(scenes: Path, tmp_path: Path) -> list[str]:
+    """Three test sets: the second holds the first's picture, too, and that twice; the third nothing of the corpus."""
+    for target in ("first/x/same", "second/y/again", "first/x/other"):
+        number = 5 if target.endswith("other") else 3
+        (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scenes / "a" / f"{number:03}.jpg", tmp_path / f"{target}.jpg")
+    changed(scenes / "a" / "003.jpg", tmp_path / "second" / "y" / "small.jpg", small=True)
+    shutil.move(scenes / "b" / "039.jpg", tmp_path / "second" / "y" / "strange.jpg")
+    (tmp_path / "third" / "z").mkdir(parents=True)
+    shutil.move(scenes / "b" / "038.jpg", tmp_path / "third" / "z" / "strange.jpg")
+    return [made(tmp_path / n, tmp_path / f"held-{n}", name=n).folder.absolute for n in ("first", "second", "third")]
+
+
+def test_every_test_picture_that_was_found_is_named_in_however_many_test_sets_it_lies(
+    local_ray: None, scenes: Path, held_out: list[str], tmp_path: Path
+) -> None:
+    shutil.copy(scenes / "a" / "003.jpg", scenes / "b" / "twin.jpg")
+    changed(scenes / "a" / "003.jpg", scenes / "b" / "turned.jpg", mirrored=True)
+    shards = made(scenes, tmp_path / "set", clean=Clean("drop", tuple(held_out)))
+    table = shards.beside(CONTAMINATION)
+    assert table is not None and table.schema.equals(FOUND)
+    every = [(row["test_set"], row["of"], row["key"]) for row in table.to_pylist()]
+    copies = ("a-003", "b-turned", "b-twin")
+    assert every == [  # in the order of the test sets, of their pictures and of the corpus's listing
+        (f"{name}/all", of, key)
+        for name, url in zip(("first", "second", "third"), held_out, strict=True)
+        for of in (row["key"] for row in rows(ShardSet(url)))
+        for key in {"x-other": ("a-005",), "y-strange": (), "z-strange": ()}.get(of, copies)
+    ]
+    exact = {(row["of"], row["key"]) for row in table.to_pylist() if (row["score"], row["distance"]) == (1, 0)}
+    assert exact >= {("x-same", "a-003"), ("x-same", "b-twin"), ("y-again", "a-003"), ("x-other", "a-005")}
+    assert {("y-small", "a-003"), ("x-same", "b-turned")}.isdisjoint(exact)
+    for gone, (reason, of, test_set) in left(shards).items():
+        assert reason == "in test set" and (test_set, of, gone) in every
+    assert {key for _, _, key in every} == left(shards).keys()
+    page = (tmp_path / "set" / "contamination.html").read_text()
+    assert f"{len({each[:2] for each in every})} of the 6 pictures of 3 test sets were found" in page
+
+
+def test_what_was_found_of_test_sets_has_always_the_same_bytes_and_others_are_never_believed(
+    local_ray: None, scenes: Path, held_out: list[str], tmp_path: Path
+) -> None:
+    wanted = Clean("keep", tuple(held_out))
+    shards = made(scenes, tmp_path / "set", clean=wanted)
+    assert made(scenes, tmp_path / "again", clean=wanted).manifest == shards.manifest
+    assert verify(shards.folder.url) == ""
+    nothing = made(scenes, tmp_path / "nothing", clean=Clean("keep", (held_out[2],)))
+    assert nothing.beside(CONTAMINATION) == FOUND.empty_table() and not nothing.manifest.removed
+    path = tmp_path / "set" / CONTAMINATION
+    path.write_bytes(path.read_bytes().replace(b"x-same", b"x-sane"))
+    with pytest.raises(ValueError, match=f"{CONTAMINATION} is damaged: its digest is not that of the manifest"):
+        shards.beside(CONTAMINATION)
+    assert verify(shards.folder.url).endswith(f"{CONTAMINATION}: its digest is not that of the manifest")
 
 
 def test_a_test_set_that_is_none_is_refused_before_anything_is_made(scenes: Path, tmp_path: Path) -> None:

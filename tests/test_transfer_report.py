@@ -38,7 +38,7 @@ from pipeline.transfer.protocols import Recipe
 from pipeline.transfer.tasks import Task, named
 from shards.build import build
 from shards.datasets import find
-from shards.manifest import ShardSet
+from shards.manifest import CONTAMINATION, MANIFEST, ShardSet
 from shards.recipe import Clean
 from shards.recipe import Recipe as Making
 from shards.sources import Origin
@@ -388,8 +388,8 @@ def prepared(source: Path, target: Path, dataset: str, split: str, against: Sequ
 
 
 @pytest.fixture(scope="module")
-def corpus(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ShardSet, ShardSet]:
-    """A test set of twelve, and a corpus that held two of them: one as it is, one made smaller."""
+def corpus(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ShardSet, ShardSet, ShardSet]:
+    """A test set of twelve, another that has one of them twice, and a corpus that held two: as it is, and smaller."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(12):
         picture(folder / "test" / "ab"[number % 2] / f"{number:02}.jpg", number)
@@ -397,23 +397,32 @@ def corpus(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         picture(folder / "raw" / "x" / f"copy{number}.jpg", number, small=number == 3)
     for number in range(50, 60):
         picture(folder / "raw" / "x" / f"{number}.jpg", number)
+    for name, number, small in (("again", 2, False), ("small", 2, True), ("other", 80, False)):
+        picture(folder / "vtab" / "c" / f"{name}.jpg", number, small=small)
     test = prepared(folder / "test", folder / "sets", "cifar10", "test")
-    return folder, test, prepared(folder / "raw", folder / "sets", "corpus", "train", [test.folder.absolute])
+    vtab = prepared(folder / "vtab", folder / "sets", "vtab_cifar100", "test")
+    against = [test.folder.absolute, vtab.folder.absolute]
+    return folder, test, vtab, prepared(folder / "raw", folder / "sets", "corpus", "train", against)
 
 
-def test_every_test_picture_that_left_a_corpus_is_found_again_in_the_order_of_its_set(
-    corpus: tuple[Path, ShardSet, ShardSet],
-) -> None:
-    folder, test, made = corpus
+def said_to_be_found(test: ShardSet, found: Mapping[str, Held]) -> set[str]:
     keys = [key for shard in range(len(test.counts)) for key in test.rows(shard, ["key"])["key"].to_pylist()]
+    return {key for key, there in zip(keys, found[test.manifest.root].found, strict=True) if there}
+
+
+def test_every_test_picture_that_a_corpus_held_is_found_again_in_however_many_test_sets_it_lies(
+    corpus: tuple[Path, ShardSet, ShardSet, ShardSet],
+) -> None:
+    folder, test, vtab, made = corpus
     found = contaminated(made.folder.absolute)
-    assert list(found) == [test.manifest.root]
+    assert list(found) == [test.manifest.root, vtab.manifest.root]
+    assert all(one.labelled.all() and one.every for one in found.values())
+    assert said_to_be_found(test, found) == {"a-02", "b-03"} and said_to_be_found(vtab, found) == {"c-again", "c-small"}
     mask = found[test.manifest.root].found
-    assert found[test.manifest.root].labelled.all()
-    assert {key for key, there in zip(keys, mask, strict=True) if there} == {"a-02", "b-03"}
     with pytest.raises(ValueError, match=r"was held against no test set.*--against"):
         contaminated(test.folder.absolute)
-    shutil.copytree(folder / "sets" / "cifar10", folder / "moved" / "cifar10")
+    for name in ("cifar10", "vtab_cifar100"):
+        shutil.copytree(folder / "sets" / name, folder / "moved" / name)
     assert contaminated(made.folder.absolute, str(folder / "moved"))[test.manifest.root].found.tolist() == mask.tolist()
     shutil.rmtree(folder / "test" / "a")
     prepared(folder / "test", folder / "anew", "cifar10", "test")
@@ -421,6 +430,24 @@ def test_every_test_picture_that_left_a_corpus_is_found_again_in_the_order_of_it
         contaminated(made.folder.absolute, str(folder / "anew"))
     with pytest.raises(ValueError, match="--sets says where it is now"):
         contaminated(made.folder.absolute, str(folder / "nowhere"))
+
+
+def test_a_corpus_that_names_one_test_picture_for_each_that_left_is_said_to_hold_at_least_so_many(
+    corpus: tuple[Path, ShardSet, ShardSet, ShardSet], tmp_path: Path
+) -> None:
+    _, test, vtab, made = corpus
+    shutil.copytree(str(made.folder.local), tmp_path / "old")
+    (tmp_path / "old" / CONTAMINATION).unlink()
+    files = {name: digest for name, digest in made.manifest.files.items() if name != CONTAMINATION}
+    (tmp_path / "old" / MANIFEST).write_bytes(replace(made.manifest, files=files).to_json())
+    old, now = contaminated(str(tmp_path / "old")), contaminated(made.folder.absolute)
+    assert said_to_be_found(test, old) == said_to_be_found(test, now) and not said_to_be_found(vtab, old)
+    data = [["vtab_cifar100/test", vtab.manifest.root]]
+    results = numbered(result(one("vtab_cifar100"), 0, right=[True, False, True], data=data))
+    for there, word in ((now, "2"), (old, "at least 0")):
+        table = titled(transfer.tables(results, there), "the corpus holds")
+        assert [row.cells[1:3] for row in table.rows] == [("3", word)]
+        assert any(note.startswith("At least") for note in table.notes) == (there is old)
 
 
 def test_whatever_a_real_fine_tuning_leaves_can_be_read_and_counted_again(tmp_path: Path) -> None:
