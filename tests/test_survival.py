@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # --- everything at once ---------------------------------------------------------------------------------------------
 
-STEPS, SAVE_EVERY, AWAY_SECONDS = 1200, 20, 8.0
+STEPS, SAVE_EVERY, AWAY_SECONDS = 1200, 20, 30.0
 
 
 class Besieged:
