@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -53,9 +53,11 @@ class Arguments:
     gpus_each: float = 0.0
     """GPUs of a trial; several trials share one with less than 1."""
     at_once: int = 0
-    """Trials at once; 0 for as many as there is room for. More makes a cluster that grows on demand grow."""
+    """Trials at once, or runs of --asha; 0 for as many as there is room for. More makes a cluster grow that can."""
     processes: str = "1"
     """Processes of a task that is a run of its own, such as imagenet; or the fewest and the most of them, as in 2:8."""
+    asha: bool = False
+    """Train the learning rates of such a task to the end only while they do well on the pictures to choose by."""
     retries: int = 2
     """How often a trial that failed is tried again."""
     claim_seconds: float = 30.0
@@ -109,16 +111,63 @@ def main(argv: list[str]) -> None:
     )
     results = sweep.Results(folder)
     try:
-        errors = _reconcile(arguments, wanted, source.folder.absolute, data, results, uri, told)
+        parts, errors = _all(arguments, wanted, source.folder.absolute, data, results, uri, told)
     finally:
         left = told.close()
     known = results.load()
-    done = len(wanted.trials(known).keys() & known.keys())
-    print(f"fine-tuning: {done} of {wanted.count} trials have results; {folder.absolute}/results")
+    done, total = sum(len(part.trials(known).keys() & known.keys()) for part in parts), sum(p.count for p in parts)
+    print(f"fine-tuning: {done} of {total} trials have results; {folder.absolute}/results")
     if left:
         raise RuntimeError(f"MLflow at {uri} has not taken {left} results: start again when it is back; none is lost")
     if errors:
         raise RuntimeError(f"{len(errors)} trials failed: " + "; ".join(errors.values()))
+
+
+def _all(
+    arguments: Arguments, wanted: "Wanted", source: str, data: str, results: "Results", uri: str, told: "Logged"
+) -> tuple[list["Wanted"], dict[str, str]]:
+    """Do what is missing; what was wanted, in parts, and what failed.
+
+    With --asha the rate of a run of its own is searched when all small tasks are done; one that is found is tested.
+    """
+    runs = [choice for choice, trials in wanted.choosing.items() if {t.kind for t in trials.values()} == {"run"}]
+    if not (arguments.asha and runs):
+        return [wanted], _reconcile(arguments, wanted, source, data, results, uri, told)
+    names = {name for name, _ in runs}
+    parts = [replace(wanted, tasks=tuple(task for task in wanted.tasks if task.name not in names))]
+    errors = _reconcile(arguments, parts[0], source, data, results, uri, told)
+    for task, start in ((task, start) for task in wanted.tasks for start in wanted.starts if task.name in names):
+        part = replace(wanted, tasks=(task,), starts=(start,))
+        parts.append(part)
+        try:
+            rate = _searched(arguments, part, source, data, results, uri, told)
+        except Exception as error:  # whatever it is, the other tasks go on
+            errors[f"{task.name} {start}"] = " ".join(str(error).split()) or type(error).__name__
+            print(f"fine-tuning: failed: {errors[f'{task.name} {start}']}", flush=True)
+            continue
+        parts[-1] = replace(part, rates={task.name: (rate,)})
+        errors |= _reconcile(arguments, parts[-1], source, data, results, uri, told)
+    return parts, errors
+
+
+def _searched(
+    arguments: Arguments, wanted: "Wanted", source: str, data: str, results: "Results", uri: str, told: "Logged"
+) -> float:
+    """The learning rate of the one task."""
+    from pipeline.search import Search, search
+    from shards.cluster import connect
+
+    connect()
+    ((_, trials),) = wanted.choosing.items()
+    cpus, processes = max(1, int(arguments.cpus_each)), numbers(arguments.processes)
+    return search(
+        Search(trials, source, data, results.place, processes, cpus, uri),
+        results,
+        at_once=arguments.at_once,
+        retries=arguments.retries,
+        claim_seconds=arguments.claim_seconds,
+        finished=told.add,
+    )
 
 
 def _refuse_nonsense(arguments: Arguments) -> None:

@@ -8,7 +8,7 @@ import json
 import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -31,13 +31,14 @@ from pipeline.train.run import Told, work
 from pipeline.transfer.features import started
 from pipeline.transfer.finetune import Trial, check
 from pipeline.transfer.protocols import Recipe
-from pipeline.transfer.tasks import TEST, Part, Task, find, roots
+from pipeline.transfer.tasks import DEV, TEST, Part, Task, find, roots
 from shards.manifest import ShardSet
 from shards.storage import Folder
 
 Result = dict[str, Any]
 
 COUNTED = "counted.json"
+RUNGS = "rungs"
 LANES = 64
 """The most; they decide the order of the pictures, so they depend on the recipe alone."""
 
@@ -70,35 +71,100 @@ def perform(
     `pipeline.launch.launch` otherwise.
     """
     began = time.monotonic()
-    gpus = has_gpus()
-    config, count = planned(trial, source, data, cpus_each=cpus_each, precision="bf16" if gpus else "fp32")
-    numbers = _allowed(config, processes)
-    run, title = Folder((folder / f"runs/{trial.name}").absolute), trial.describe()
-    training, validation = refuse_misfits(config, numbers[0])
-    if not finished(run):
-        say(f"{title}: a run of its own, {config.steps(training.samples):,} steps; {run.absolute}")
-        place = tracking_uri(uri or None)
-        open_folder(config, run.absolute, roots_of(config, training, validation))
-        mlflow_run = _begin(place, run, title, trial)
-        try:
-            launch(
-                Job(config, run.absolute, place, mlflow_run, title),
-                numbers,
-                gpus=gpus,
-                cpus_each=cpus_each,
-                max_failures=max_failures,
-                work=partial(work, ended=count),
-            )
-        except BaseException as error:
-            log.end(place, mlflow_run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-        log.end(place, mlflow_run)
+    config, count = planned(trial, source, data, cpus_each=cpus_each, precision=_precision())
+    run, title = folder_of(trial, folder), trial.describe()
+    _go(trial, config, count, run, processes, say, cpus_each, max_failures, uri)
     counted = json.loads(run.read(COUNTED))
     run.remove(CHECKPOINTS)  # the model is exported, and nothing goes on from here
     own = counted.pop("")
     say(f"{title}: {100 * own['accuracy']:.2f} % of {own['count']:,} pictures")
     seconds = time.monotonic() - began
     return {"trial": asdict(trial), **own, "classes": config.classes, "seconds": seconds, "also": counted}
+
+
+def judge_early(
+    trial: Trial,
+    source: str,
+    data: str,
+    folder: Folder,
+    steps: int,
+    *,
+    processes: Sequence[int],
+    say: Callable[[str], None] = print,
+    cpus_each: int = 1,
+    max_failures: int = 10,
+    uri: str = "",
+) -> float:
+    """The accuracy on the pictures to choose a rate by when this many steps of the trial, or more, are done.
+
+    They are those of the run that `perform` goes on with, which is left with a checkpoint: nothing of it is a result.
+    Errors as `perform`; ValueError for a trial that would see the test.
+    """
+    if trial.split != DEV:
+        raise ValueError(f"only on {DEV} is it looked at how well a trial does so far, not {trial.describe()}")
+    run = folder_of(trial, folder)
+    if steps not in (early := judged_early(trial, folder)):
+        if finished(run):
+            return json.loads(run.read(COUNTED))[""]["accuracy"]
+        config, count = planned(trial, source, data, cpus_each=cpus_each, precision=_precision())
+        count = replace(count, file=f"{RUNGS}/{steps}.json")
+        _go(trial, config, count, run, processes, say, cpus_each, max_failures, uri, until=steps)
+        early = judged_early(trial, folder)
+    return early[steps]
+
+
+def judged_early(trial: Trial, folder: Folder) -> dict[int, float]:
+    """By steps, the accuracies that `judge_early` has found so far."""
+    rungs = folder_of(trial, folder) / RUNGS
+    steps = sorted(int(stem) for name in rungs.sizes() if (stem := name.removesuffix(".json")).isdecimal())
+    return {step: json.loads(rungs.read(f"{step}.json"))[""]["accuracy"] for step in steps}
+
+
+def folder_of(trial: Trial, folder: Folder) -> Folder:
+    """The run that a trial is, below the folder of a sweep."""
+    return Folder((folder / f"runs/{trial.name}").absolute)
+
+
+def _precision() -> Literal["bf16", "fp32"]:
+    return "bf16" if has_gpus() else "fp32"
+
+
+def _go(
+    trial: Trial,
+    config: Config,
+    count: "Count",
+    run: Folder,
+    processes: Sequence[int],
+    say: Callable[[str], None],
+    cpus_each: int,
+    max_failures: int,
+    uri: str,
+    until: int | None = None,
+) -> None:
+    """Train to the end, or until so many steps are done, unless that has been done."""
+    numbers, title = _allowed(config, processes), trial.describe()
+    training, validation = refuse_misfits(config, numbers[0])
+    if run.exists(count.file) if until else finished(run):
+        return
+    early = f"{until:,} of " if until else ""
+    say(f"{title}: a run of its own, {early}{config.steps(training.samples):,} steps; {run.absolute}")
+    place = tracking_uri(uri or None)
+    open_folder(config, run.absolute, roots_of(config, training, validation))
+    mlflow_run = _begin(place, run, title, trial)
+    try:
+        launch(
+            Job(config, run.absolute, place, mlflow_run, title),
+            numbers,
+            gpus=has_gpus(),
+            cpus_each=cpus_each,
+            max_failures=max_failures,
+            work=partial(work, ended=count, until=until),
+            ended=(lambda: run.exists(count.file)) if until else None,
+        )
+    except BaseException as error:
+        log.end(place, mlflow_run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    log.end(place, mlflow_run, "KILLED" if until else "FINISHED")
 
 
 def planned(
@@ -219,13 +285,15 @@ class Count:
 
     judged: dict[str, tuple[Stretch, ...]]
     """What the accuracy is of, under "", and further test sets by their names."""
+    file: str = COUNTED
+    """Of the run's folder, to write to."""
 
     def __call__(self, job: Job, engine: Engine, told: Told) -> None:
-        """Write `COUNTED`: of each set how many are right, and a bit for each picture, in the set's order."""
+        """Write `file`: of each set how many are right, and a bit for each picture, in the set's order."""
         with engine.averaged():
             said = {name: _judgement(job.config, stretches, engine, told) for name, stretches in self.judged.items()}
         if engine.world.first:
-            Folder(job.folder).write(COUNTED, json.dumps(said).encode())
+            Folder(job.folder).write(self.file, json.dumps(said).encode())
 
 
 def _judgement(config: Config, stretches: Sequence[Stretch], engine: Engine, told: Told) -> dict[str, Any]:

@@ -82,19 +82,20 @@ def launch(
     max_failures: int,
     resize_seconds: float = 600.0,
     work: Work | None = None,
+    ended: Callable[[], bool] | None = None,
 ) -> None:
     """Run the job to its end on the largest of these numbers of processes for which there is room, now and later.
 
     RuntimeError where more than `max_failures` starts have failed. KeyboardInterrupt after SIGTERM or SIGINT: the run
     has saved before, unless a second signal came or `GRACE_SECONDS` have passed. What the run holds decides where it
     goes on, so that a start needs nothing from the one before. Every `resize_seconds` it is looked for more room.
-    `work` is what each process does, `pipeline.train.run.work` if None.
+    `work` is what each process does, `pipeline.train.run.work` if None, and `ended` whether that is done.
     """
 
     for name, value in PACE.items():
         os.environ.setdefault(name, value)
     with _signals() as told, _board(told) as board:
-        while not finished(Folder(job.folder)):
+        while not (ended() if ended else finished(Folder(job.folder))):
             if told.is_set():
                 raise KeyboardInterrupt
             _fit(job, board, processes, gpus, cpus_each, max_failures, resize_seconds, work)
@@ -126,7 +127,7 @@ def _fit(
             elastic_resize_monitor_interval_s=resize,
         ),
         run_config=RunConfig(
-            name="ray", **_storage(job.folder), failure_config=FailureConfig(max_failures=max_failures)
+            name="ray", **storage_of(job.folder), failure_config=FailureConfig(max_failures=max_failures)
         ),
     )
     trainer.allowed, trainer.board = processes, board
@@ -437,8 +438,8 @@ def _board(told: threading.Event) -> Iterator[Any]:
         ray.kill(board)
 
 
-def _storage(url: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own notes: in the run's folder, by the same door to buckets as everything else."""
+def storage_of(url: str) -> dict[str, Any]:
+    """Where Ray keeps its own notes: in this folder, by the same door to buckets as everything else."""
     folder = Folder(url)
     if folder.local:
         return {"storage_path": str(folder.local)}

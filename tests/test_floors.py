@@ -15,6 +15,7 @@ PACKAGES = ("jobs", "pipeline", "shards")
 # From the roof down. Those of one floor do not know each other, except on the lowest but one.
 FLOORS = (
     {"jobs"},
+    {"pipeline.search"},
     {"pipeline.large"},
     {"pipeline.launch"},
     {"pipeline.train", "pipeline.transfer", "pipeline.insight"},
@@ -23,12 +24,18 @@ FLOORS = (
     {"pipeline.architectures"},
     {"shards"},
 )
-ROOM_MATES = FLOORS[5]
+ROOM_MATES = FLOORS[6]
 
 # The modules, as prefixes, that may import it.
 DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("pipeline.train.engine",),
-    "ray": ("pipeline.launch", "pipeline.transfer.spare", "pipeline.transfer.workers", "shards.cluster"),
+    "ray": (
+        "pipeline.launch",
+        "pipeline.search",
+        "pipeline.transfer.spare",
+        "pipeline.transfer.workers",
+        "shards.cluster",
+    ),
     "mlflow": ("pipeline.track",),
     "webdataset": (),
     "torchvision": (),

@@ -24,6 +24,7 @@ def train(
     *,
     samples: int,
     start: int,
+    until: int | None = None,
     health: Health,
     optim: Callable[[int], Optim],
     log: Callable[[int, Values], None],
@@ -34,13 +35,15 @@ def train(
 ) -> int:
     """Take the steps from `start` to the end of the run over a corpus of `samples` pictures; returns how many are done.
 
+    `until` is the step after which to end, and saved, if that is sooner; the schedule stays that of the whole run.
     `log`, `validate`, `probe`, `save` and `stop` are told how many steps are done; `log` gets tensors and decides when
     to look at them, `probe` is for milestones. Where `stop` says so on any process, the run ends within two steps, and
     saved. `optim` is asked what holds at a step. A step that is left out moves the position in the data, but neither
     weights, optimizer nor schedule. GoBack where a step has to be undone: what is saved is from before it.
     """
     steps = config.steps(samples)
-    for step in range(start, steps):
+    last = steps if until is None else min(until, steps)
+    for step in range(start, last):
         done, chosen = step + 1, optim(step)
         if sick := health.to_leave_out(step):
             for _ in range(config.passes(engine.world.size)):
@@ -52,7 +55,7 @@ def train(
         else:
             values = _take(config, engine, batches, objective, step, steps, health, chosen, stop)
         ends = ends_epoch(done, config.batch, samples) or done == steps
-        saves = done % config.save_every == 0 or config.is_milestone(done) or done == steps
+        saves = done % config.save_every == 0 or config.is_milestone(done) or done == last
         if ends or saves or health.asked_to_stop or done % config.log_every == 0:
             health.settle()
         if health.to_undo:
@@ -66,7 +69,7 @@ def train(
             save(done)
         if health.asked_to_stop:
             return done
-    return steps
+    return max(start, last)
 
 
 def _take(

@@ -116,19 +116,22 @@ def work(
     stop: Callable[[int], bool] = lambda done: False,
     hang: Steps | None = None,
     ended: Callable[[Job, Engine, Told], None] = lambda job, engine, told: None,
+    until: int | None = None,
 ) -> bool:
     """What one process does, from what the folder holds to the end of the run, or until `stop` says so.
 
     `stop` is asked after each step, and where it says so on any process all end with a checkpoint. `ended` is called by
-    every process when all steps are done, before the run says that it is finished. Returns whether the run has come to
-    its end. TakenOver where another start of the run has.
+    every process when all steps are done, before the run says that it is finished. With `until` it is called when so
+    many are done, or more already; there the processes end with a checkpoint, and the run is not finished, however
+    many steps it has. Returns whether that, or else the run's end, has been reached. TakenOver where another start of
+    the run has.
     """
     ledger = Ledger(world.size)
     refuse_other_decoder(Folder(job.folder))
     training, validation = refuse_misfits(job.config, world.size)
     start = Start(job, world, device, say, ledger, training, validation)
     try:
-        return start.go(stop, hang or _Nobody(), ended)
+        return start.go(stop, hang or _Nobody(), ended, until)
     finally:
         start.close()
 
@@ -177,8 +180,14 @@ class Start:
         self.progress = Progress(job.name, self.steps, "steps", say=say)
         self.log: Log | None = None
 
-    def go(self, stop: Callable[[int], bool], hang: Steps, ended: Callable[[Job, Engine, Told], None]) -> bool:
-        """Go on from what the folder holds; returns whether the run has come to its end."""
+    def go(
+        self,
+        stop: Callable[[int], bool],
+        hang: Steps,
+        ended: Callable[[Job, Engine, Told], None],
+        until: int | None = None,
+    ) -> bool:
+        """Go on from what the folder holds; returns whether the run has come to its end, or to `until`."""
         start, record = newest(self.folder, self.world, self.engine, self.say)
         if start:
             self.say(f"goes on after step {start:,} of {self.steps:,}")
@@ -190,21 +199,25 @@ class Start:
             self.log = Log(self.job.tracking_uri, self.job.mlflow_run, unsent, tags=tags, not_before=logged_at)
         while True:
             try:
-                done = self._train(start, record, stop, hang)
+                done = self._train(start, record, stop, hang, until)
                 break
             except GoBack as back:
                 start, record = self._go_back(back.sick)
         with self.ledger.during(CHECKPOINTING):
             self.checkpoints.wait()
-        if done == self.steps:
+        arrived = done >= (self.steps if until is None else min(until, self.steps))
+        if arrived:
             self.engine.average_buffers()
             ended(self.job, self.engine, lambda batches: self._told(batches, hang, done))
+        if arrived and until is None:
             self._finish()
         else:
             self._stop(done)
-        return done == self.steps
+        return arrived
 
-    def _train(self, start: int, record: dict[str, Any], stop: Callable[[int], bool], hang: Steps) -> int:
+    def _train(
+        self, start: int, record: dict[str, Any], stop: Callable[[int], bool], hang: Steps, until: int | None
+    ) -> int:
         """Train from a checkpoint on; returns how many steps are done. GoBack where a step has to be undone."""
         config, engine = self.config, self.engine
         health = self._health(record.get("health"))
@@ -249,6 +262,7 @@ class Start:
             judge,
             samples=self.training.samples,
             start=start,
+            until=until,
             health=health,
             optim=lambda step: optim_at(config, self.changes, step),
             log=log,
