@@ -197,6 +197,13 @@ def test_a_marked_actor_is_placed_wherever_any_other_is(actors: Any) -> None:
     assert len(own) == 4
 
 
+def test_an_actor_that_outlives_its_driver_holds_nothing_of_its_own(actors: Any) -> None:
+    import ray
+
+    ray.get(actors(0, lifetime="detached", name="left behind").ready.remote())
+    assert held(ONE) == {}
+
+
 def test_a_sweep_makes_room_for_a_run_and_goes_on_beside_it_and_after_it(local_ray: None, tmp_path: Path) -> None:
     import ray
     from ray.util import placement_group, remove_placement_group

@@ -68,7 +68,7 @@ def held(each: Amounts) -> dict[str, list[Amounts]]:
     found: dict[str, list[Amounts]] = {}
     job = ray.get_runtime_context().get_job_id()
     for actor in ray_state.actor_table(None, actor_state_name="ALIVE").values():
-        if actor["JobID"] == job:
+        if actor["JobID"] == job and not actor["IsDetached"]:  # as Ray Train leaves one, which holds nothing
             found.setdefault(actor["Address"]["NodeID"], []).append(each)
     return found
 
