@@ -1,6 +1,6 @@
 """What a sweep costs: beside a plain script, for each trial, and for each learning rate on frozen features.
 
-    python benchmarks/transfer.py [--quick]
+    python benchmarks/transfer.py [--rounds 3] [--quick]
 
 The demo's model (28 pixels) on 19 tasks with the names of VTAB's, 1,000 pictures to learn from and 200 to test on, one
 trial each by the demo's protocol. Beside it `peers/sequential.py`, which does the same steps task after task, loads
@@ -157,9 +157,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer tasks, steps and trials, one round")
-    quick = parser.parse_args().quick
-    chosen = tasks.named("vtab")[: 4 if quick else 19]
-    steps, rounds, count = (60, 1, 190) if quick else (300, 3, 1007)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    chosen = tasks.named("vtab")[: 4 if given.quick else 19]
+    steps, rounds, count = (60, 1, 190) if given.quick else (300, given.rounds, 1007)
     found: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
