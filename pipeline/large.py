@@ -28,10 +28,9 @@ from pipeline.train.engine import Engine
 from pipeline.train.folder import Job, finished, open_folder, refuse_misfits, roots_of
 from pipeline.train.objective import to_device
 from pipeline.train.run import Told, work
-from pipeline.transfer.features import started
-from pipeline.transfer.finetune import Trial, check
+from pipeline.transfer.finetune import Trial, found_for
 from pipeline.transfer.protocols import Recipe
-from pipeline.transfer.tasks import DEV, TEST, Part, Task, find, roots
+from pipeline.transfer.tasks import DEV, Part, Task
 from shards.manifest import ShardSet
 from shards.storage import Folder
 
@@ -171,25 +170,17 @@ def planned(
     trial: Trial, source: str, data: str, *, cpus_each: int, precision: Literal["bf16", "fp32"]
 ) -> tuple[Config, "Count"]:
     """The run that a trial is, and what is counted at its end; ValueError where they do not fit together."""
-    start, task, sets = started(source), trial.task, find(data, trial.task)
-    model = check(trial.recipe, start.config)
-    if trial.model != (there := start.digest if trial.start == "pretrained" else start.architecture):
-        raise ValueError(f"the checkpoint at {source} has changed: it is {there}, not {trial.model}")
-    if (found := roots(sets)) != trial.data:
-        raise ValueError(f"the shard sets of {task.name} have changed: {found} instead of {trial.data}")
-    learnt = _stretches(task, sets, task.training(trial.split))
+    found, task = found_for(trial, source, data), trial.task
+    learnt = _stretches(task, found.sets, task.training(trial.split))
     if len(learnt) != 1:
         raise ValueError(f"{task.name} is learnt from several sets or parts of them; a run takes one")
-    judged = {"": _stretches(task, sets, task.judged(trial.split))}
-    if trial.split == TEST:
-        judged |= {name: _stretches(task, sets, (Part(where),)) for name, where in task.also if where in sets}
-    classes = _classes(task, sets, [*learnt, *(stretch for some in judged.values() for stretch in some)])
+    judged = {name: tuple(_stretches(task, found.sets, parts)) for name, parts in found.judged.items()}
     recipe = trial.recipe
     config = Config(
         name=trial.name,
-        classes=classes,
-        model=model,
-        start=start.folder.absolute if trial.start == "pretrained" else "",
+        classes=found.classes,
+        model=found.model,
+        start=found.start.folder.absolute if trial.start == "pretrained" else "",
         data=_data(recipe, learnt[0], cpus_each),
         augment=recipe.augment,
         optim=_optim(recipe, trial.rate),
@@ -204,7 +195,7 @@ def planned(
         keep=1,
         log_every=50,
     )
-    return config, Count({name: tuple(some) for name, some in judged.items()})
+    return config, Count(judged)
 
 
 def _stretches(task: Task, sets: dict[str, ShardSet], parts: Sequence[Part]) -> list[Stretch]:
@@ -217,16 +208,6 @@ def _stretches(task: Task, sets: dict[str, ShardSet], parts: Sequence[Part]) -> 
         else:
             found.append(Stretch(url, (part.first, part.last)))
     return found
-
-
-def _classes(task: Task, sets: dict[str, ShardSet], stretches: Sequence[Stretch]) -> int:
-    """Of all these sets; ValueError where they have not as many."""
-    by_url = {one.folder.absolute: len(one.manifest.classes) for one in sets.values()}
-    counts = {stretch.url: by_url[stretch.url] for stretch in stretches}
-    if len(set(counts.values())) != 1:
-        said = ", ".join(f"{url} {count:,}" for url, count in counts.items())
-        raise ValueError(f"the shard sets of {task.name} have not as many classes as each other: {said}")
-    return next(iter(counts.values()))
 
 
 def _data(recipe: Recipe, learnt: Stretch, cpus_each: int) -> Data:

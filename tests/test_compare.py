@@ -3,7 +3,6 @@
 import csv
 import math
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pipeline.insight import page, words
 from pipeline.insight.report import compare
 from pipeline.insight.scaling import POINTS, front, law, missing
 from pipeline.track.runs import Point, Run, check, read, tracking_uri
+from tests.browser import drawn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -369,33 +369,9 @@ def test_every_chart_has_words_for_those_who_do_not_see_it(written: tuple[Path, 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_draws_the_page_within_any_width(written: tuple[Path, str], tmp_path: Path, width: int) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if not browser:
-        pytest.skip("no chromium or chrome on PATH")
-    # The page is framed, since a browser's window may not become as narrow as a telephone; the frame says its width.
-    (tmp_path / "report.html").write_bytes((written[0] / "report.html").read_bytes())
-    measure = "const d=f.contentDocument.documentElement;document.body.title=d.scrollWidth+' '+d.scrollHeight"
-    (tmp_path / "frame.html").write_text(
-        f'<body><iframe id="f" src="report.html" width="{width}" height="3000" onload="{measure}" style="border:0">'
-    )
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    flags += f" --disable-component-update --allow-file-access-from-files --user-data-dir={tmp_path / 'profile'}"
-    seen = subprocess.run(
-        [
-            browser,
-            *flags.split(),
-            f"--window-size={width + 100},3100",
-            "--dump-dom",
-            (tmp_path / "frame.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=90,
-    ).stdout
-    size = re.search(r'<body title="(\d+) (\d+)"', seen)
-    assert size, seen[:500]
-    assert int(size[1]) <= width, "the page is wider than its window"
-    assert int(size[2]) > 1000
+    wide, high = drawn((written[0] / "report.html").read_bytes(), tmp_path, width)
+    assert wide <= width, "the page is wider than its window"
+    assert high > 1000
 
 
 # --- doors that are shut --------------------------------------------------------------------------------------------

@@ -98,6 +98,12 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
+def given_of(place: Path, trial: Trial) -> finetune.Given:
+    """The trial's pictures."""
+    data = str(place / "sets")
+    return finetune._given(trial, finetune.found_for(trial, str(place / "run"), data), data, 1)
+
+
 def trial_of(place: Path, **changes: Any) -> Trial:
     source = find_model(str(place / "run"))
     start = changes.get("start", "pretrained")
@@ -293,7 +299,7 @@ def test_every_choosing_trial_is_judged_by_the_pictures_to_choose_by_alone(place
 def test_every_seed_and_rate_trains_another_model(place: Path) -> None:
     start = find_model(str(place / "run"))
     trial = trial_of(place, recipe=replace(QUICK, steps=3, warmup=0))
-    given = finetune._given(trial, str(place / "sets"), 1)
+    given = given_of(place, trial)
     ends = [_trained(start, given, each) for each in (trial, replace(trial, seed=1), replace(trial, rate=0.1))]
     assert len({end.tobytes() for end in ends}) == 3
     assert _trained(start, given, trial).tobytes() == ends[0].tobytes()
@@ -310,7 +316,7 @@ def test_a_moving_average_is_what_is_judged(place: Path) -> None:
     start = find_model(str(place / "run"))
     steady = replace(QUICK, steps=1, decay="steps", warmup=0)  # of which fewer steps are the beginning of more
     trial = trial_of(place, recipe=steady)
-    given = finetune._given(trial, str(place / "sets"), 1)
+    given = given_of(place, trial)
     steps = [_trained(start, given, replace(trial, recipe=replace(steady, steps=count))) for count in (1, 2, 3)]
     model = features.model_of(start, steady, given.classes, pretrained=True, seed=0)
     expected = torch.cat([tensor.flatten() for tensor in finetune._averaged(model)]).numpy()
@@ -341,7 +347,7 @@ def test_every_kind_of_recipe_learns_and_is_a_function_of_its_trial(place: Path,
 def test_several_passes_give_the_gradient_of_one_whatever_fits(place: Path) -> None:
     start = find_model(str(place / "run"))
     trial = trial_of(place, recipe=replace(QUICK, dropout=0.0, mixup=0.5))
-    given = finetune._given(trial, str(place / "sets"), 1)
+    given = given_of(place, trial)
 
     class Small(nn.Module):
         def __init__(self, room: int) -> None:
@@ -434,7 +440,7 @@ def test_every_trial_of_a_group_has_the_result_that_it_would_have_alone(
     monkeypatch.setattr(features, "seen", counted)
     monkeypatch.setattr(finetune, "_shelf", features.Shelf())
     group = done(place, *trials)
-    given = finetune._given(trials[0], str(place / "sets"), 1)
+    given = given_of(place, trials[0])
     chosen = {int(i) for seed in seeds for i in shots(given.training.labels[:, 0], 4, seed)}
     learnt = 85 if recipe is LINEAR else len(chosen)
     assert sorted(looked) == sorted([learnt, 30, 17])  # each picture once, for all rates and seeds
@@ -452,7 +458,7 @@ def test_few_shots_are_the_closed_form_on_what_the_pretrained_model_sees(place: 
     model.eval()
     del model.head
     model.head = None  # type: ignore[assignment]  # so that it answers by its tanh layer, which few-shot learning reads
-    given = finetune._given(trial, str(place / "sets"), 1)
+    given = given_of(place, trial)
     both = [features.seen(model, each, FEWSHOT, start, 1) for each in (given.training, given.judged[""])]
     labels = pictures.labels[:, 0]
     chosen = shots(labels, 4, seed=2)

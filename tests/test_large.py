@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -338,16 +338,14 @@ def test_every_trial_that_does_not_fit_is_refused_before_a_machine_is_asked_for(
 # --- the run itself -------------------------------------------------------------------------------------------------
 
 
-class Driver:
-    """One driver of a trial."""
+class Told:
+    """A module of tests as a driver of its own, which starts a Ray of its own; its home is the place."""
 
-    def __init__(self, place: Path, to: str, chosen: Trial, processes: int) -> None:
-        self.run = place / to / "runs" / chosen.name
+    def __init__(self, module: str, place: Path, to: str, *words: str) -> None:
         self._said = (place / f"{to}.txt").open("a+")
         left = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-        words = [str(place), to, json.dumps({"split": chosen.split, "rate": chosen.rate}), str(processes)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.test_large", *words],
+            [sys.executable, "-m", module, str(place), to, *words],
             env={**{k: v for k, v in os.environ.items() if k not in left}, "HOME": str(place)},
             cwd=ROOT,
             stdout=self._said,
@@ -355,9 +353,9 @@ class Driver:
             start_new_session=True,
         )
 
-    def wait_for_checkpoint(self) -> None:
-        """Return when there is a complete one."""
-        while not complete(Folder(str(self.run))):
+    def wait_for(self, there: Callable[[], Any]) -> None:
+        """Return when something is there."""
+        while not there():
             assert self.process.poll() is None, self.said()
             time.sleep(0.02)
 
@@ -375,6 +373,19 @@ class Driver:
         self._said.flush()
         self._said.seek(0)
         return self._said.read()
+
+
+class Driver(Told):
+    """One driver of a trial."""
+
+    def __init__(self, place: Path, to: str, chosen: Trial, processes: int) -> None:
+        self.run = place / to / "runs" / chosen.name
+        what = json.dumps({"split": chosen.split, "rate": chosen.rate})
+        super().__init__("tests.test_large", place, to, what, str(processes))
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when there is a complete one."""
+        self.wait_for(lambda: complete(Folder(str(self.run))))
 
     def result(self) -> dict[str, Any]:
         """What `perform` gave."""

@@ -6,17 +6,14 @@
 import json
 import logging
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -35,7 +32,7 @@ from pipeline.world import World
 from shards.storage import Folder
 from tests import tiny
 from tests.gang import Gang
-from tests.test_large import MODEL, RECIPE, TASK, exported
+from tests.test_large import MODEL, RECIPE, TASK, Told, exported
 
 pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,41 +307,11 @@ def test_a_run_that_was_judged_on_the_way_ends_as_if_it_had_not_been(place: Path
 # --- the real thing -------------------------------------------------------------------------------------------------
 
 
-class Driver:
+class Driver(Told):
     """One driver of a search."""
 
     def __init__(self, place: Path, to: str) -> None:
-        self._said = (place / f"{to}.txt").open("a+")
-        left = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.test_search", str(place), to],
-            env={**{k: v for k, v in os.environ.items() if k not in left}, "HOME": str(place)},
-            cwd=ROOT,
-            stdout=self._said,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def wait_for(self, there: Callable[[], Any]) -> None:
-        """Return when something is there."""
-        while not there():
-            assert self.process.poll() is None, self.said()
-            time.sleep(0.02)
-
-    def kill(self) -> None:
-        """Kill the driver and all that it has started."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        for process in family:
-            process.suspend()
-        self.process.kill()
-        for process in family:
-            process.kill()
-        self.process.wait()
-
-    def said(self) -> str:
-        self._said.flush()
-        self._said.seek(0)
-        return self._said.read()
+        super().__init__("tests.test_search", place, to)
 
     def end(self) -> str:
         """What it has said by its end."""

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -44,6 +44,7 @@ from shards.recipe import Recipe as Making
 from shards.sources import Origin
 from shards.storage import Folder
 from tests import test_finetune, tiny
+from tests.browser import drawn
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -646,37 +647,8 @@ def test_nothing_of_the_page_comes_from_a_network(written: Path) -> None:
     assert not re.search(r"@import|url\(|https?://|\b(src|href|srcset)=", text)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[str]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if not found:
-        pytest.skip("no chromium or chrome on PATH")
-    yield found
-
-
 @pytest.mark.parametrize("width", [400, 900, 1400])
-def test_a_browser_draws_the_page_within_any_width(written: Path, tmp_path: Path, browser: str, width: int) -> None:
-    # The page is framed, since a browser's window may not become as narrow as a telephone; the frame says its width.
-    (tmp_path / "report.html").write_bytes((written / "report.html").read_bytes())
-    measure = "const d=f.contentDocument.documentElement;document.body.title=d.scrollWidth+' '+d.scrollHeight"
-    (tmp_path / "frame.html").write_text(
-        f'<body><iframe id="f" src="report.html" width="{width}" height="3000" onload="{measure}" style="border:0">'
-    )
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    flags += f" --disable-component-update --allow-file-access-from-files --user-data-dir={tmp_path / 'profile'}"
-    seen = subprocess.run(
-        [
-            browser,
-            *flags.split(),
-            f"--window-size={width + 100},3100",
-            "--dump-dom",
-            (tmp_path / "frame.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=90,
-    ).stdout
-    size = re.search(r'<body title="(\d+) (\d+)"', seen)
-    assert size, seen[:500]
-    assert int(size[1]) <= width, "the page is wider than its window"
-    assert int(size[2]) > 1000
+def test_a_browser_draws_the_page_within_any_width(written: Path, tmp_path: Path, width: int) -> None:
+    wide, high = drawn((written / "report.html").read_bytes(), tmp_path, width)
+    assert wide <= width, "the page is wider than its window"
+    assert high > 1000

@@ -117,11 +117,8 @@ def perform(trials: Sequence[Trial], source: str, data: str, *, threads: int) ->
     trial = trials[0]
     assert {together(each) for each in trials} == {together(trial)}, "trials that have nothing in common"
     began = time.monotonic()
-    start = started(source)
-    check(trial.recipe, start.config)
-    if trial.model != (model := start.digest if trial.start == "pretrained" else start.architecture):
-        raise ValueError(f"the checkpoint at {source} has changed: it is {model}, not {trial.model}")
-    given = _given(trial, data, threads)
+    found = found_for(trial, source, data)
+    start, given = found.start, _given(trial, found, data, threads)
     match trial.recipe.method:
         case "all":
             done = ((each, _finetuned(start, given, each)) for each in trials)
@@ -134,6 +131,34 @@ def perform(trials: Sequence[Trial], source: str, data: str, *, threads: int) ->
         began = time.monotonic()
 
 
+class Found(NamedTuple):
+    """What a trial starts from and looks at, none of it read yet."""
+
+    start: Exported
+    model: Architecture
+    """What the recipe makes of its architecture."""
+    sets: dict[str, ShardSet]
+    judged: dict[str, tuple[Part, ...]]
+    """What the accuracy is of, under "", and further test sets by their names."""
+    classes: int
+
+
+def found_for(trial: Trial, source: str, data: str) -> Found:
+    """ValueError where checkpoint, recipe and shard sets do not fit the trial or each other."""
+    start, task = started(source), trial.task
+    model = check(trial.recipe, start.config)
+    if trial.model != (there := start.digest if trial.start == "pretrained" else start.architecture):
+        raise ValueError(f"the checkpoint at {source} has changed: it is {there}, not {trial.model}")
+    sets = find(data, task)
+    if (found := roots(sets)) != trial.data:
+        raise ValueError(f"the shard sets of {task.name} have changed: {found} instead of {trial.data}")
+    judged = {"": task.judged(trial.split)}
+    if trial.split == TEST:
+        judged |= {name: (Part(where),) for name, where in task.also if where in sets}
+    parts = [*task.training(trial.split), *(part for some in judged.values() for part in some)]
+    return Found(start, model, sets, judged, _classes(task, sets, parts))
+
+
 class Given(NamedTuple):
     """The pictures of a task, and what else trials of it have in common."""
 
@@ -144,20 +169,13 @@ class Given(NamedTuple):
     threads: int
 
 
-def _given(trial: Trial, data: str, threads: int) -> Given:
-    task, sets = trial.task, find(data, trial.task)
-    if (found := roots(sets)) != trial.data:
-        raise ValueError(f"the shard sets of {task.name} have changed: {found} instead of {trial.data}")
-    judged = {"": task.judged(trial.split)}
-    if trial.split == TEST:
-        judged |= {name: (Part(where),) for name, where in task.also if where in sets}
-    learnt = task.training(trial.split)
-    classes = _classes(task, sets, [*learnt, *(part for parts in judged.values() for part in parts)])
-    pictures = {name: pictures_of(data, task, parts, trial.data) for name, parts in judged.items()}
-    training = pictures_of(data, task, learnt, trial.data)
+def _given(trial: Trial, found: Found, data: str, threads: int) -> Given:
+    task = trial.task
+    pictures = {name: pictures_of(data, task, parts, trial.data) for name, parts in found.judged.items()}
+    training = pictures_of(data, task, task.training(trial.split), trial.data)
     for one in (training, *pictures.values()):
-        _check_labels(task, one, classes)
-    return Given(classes, training, pictures, threads)
+        _check_labels(task, one, found.classes)
+    return Given(found.classes, training, pictures, threads)
 
 
 def _classes(task: Task, sets: dict[str, ShardSet], parts: Sequence[Part]) -> int:
