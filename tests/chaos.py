@@ -1,7 +1,8 @@
 """Builds a shard set on a Ray of several nodes while tasks and nodes are killed.
 
-`python -m tests.chaos FOLDER KILLS SEED`: builds go on, one after the other, until so many have been killed. Last
-line: JSON with what was killed and the digests of what each build made; the first build is left in peace.
+`python -m tests.chaos FOLDER KILLS SEED`: builds go on, one after the other, until so many have been killed, one in
+six of them nodes. Last line: JSON with what was killed and the digests of what each build made; the first build is
+left in peace.
 """
 
 import json
@@ -15,7 +16,6 @@ from pathlib import Path
 from threading import Thread
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import ray
 from ray import cloudpickle
@@ -26,6 +26,7 @@ from shards.image import encode
 from shards.recipe import Recipe
 from shards.sources import Picture, listing
 from shards.storage import Folder
+from tests.family import family, kill
 
 NODES, PICTURES, EACH = 2, 240, 10
 
@@ -66,23 +67,15 @@ def make(target: Path) -> str:
     return found.hexdigest()
 
 
-def packing() -> list[psutil.Process]:
-    """Processes of Ray that run a task now."""
-    return [one for one in psutil.Process().children(recursive=True) if "ray::_guarded" in " ".join(one.cmdline()[:1])]
-
-
-def kill(cluster: Cluster, nodes: list, chance: random.Random) -> str:
-    """Kill a task or, one time in six, a whole node; what it was, if there was anything to kill."""
-    if chance.random() < 1 / 6:
+def strike(what: str, cluster: Cluster, nodes: list, chance: random.Random) -> bool:
+    """Kill a whole node, or a process of Ray that runs a task now; whether there was anything to kill."""
+    if what == "node":
         node = nodes.pop(chance.randrange(len(nodes)))
         cluster.remove_node(node, allow_graceful=False)
         nodes.append(cluster.add_node(num_cpus=2))
-        return "node"
-    try:
-        chance.choice(packing()).kill()
-        return "task"
-    except (IndexError, psutil.NoSuchProcess):
-        return ""
+        return True
+    packing = family(name="ray::_guarded")
+    return bool(packing and kill([chance.choice(packing)]))
 
 
 def main() -> None:
@@ -94,13 +87,14 @@ def main() -> None:
     root = str(Path(__file__).resolve().parents[1])
     ray.init(cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
     made, killed = [make(folder / "quiet")], []
-    while len(killed) < kills:
+    wanted = chance.sample(["node"] * (kills // 6) + ["task"] * (kills - kills // 6), kills)
+    while wanted:
         builder = Thread(target=lambda: made.append(make(folder / f"build-{len(made)}")))
         builder.start()
         while builder.is_alive():  # nodes can be removed from the main thread only
             time.sleep(chance.uniform(0.05, 0.4))
-            if len(killed) < kills and builder.is_alive():
-                killed += filter(None, [kill(cluster, nodes, chance)])
+            if wanted and builder.is_alive() and strike(wanted[-1], cluster, nodes, chance):
+                killed.append(wanted.pop())
         builder.join()
     print(json.dumps({"killed": killed, "made": made}))
     ray.shutdown()

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_every_build_makes_the_same_bytes_though_twenty_tasks_and_nodes_are_kill
     done = subprocess.run(command, capture_output=True, text=True, timeout=230)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"killed"')))
-    assert len(said["killed"]) == 20 and {"task", "node"} == set(said["killed"])
+    assert Counter(said["killed"]) == {"task": 17, "node": 3}
     assert len(said["made"]) >= 2 and len(set(said["made"])) == 1
 
 

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +44,7 @@ from pipeline.transfer.tasks import Part, Task
 from shards.manifest import ShardSet
 from shards.storage import Folder
 from tests import tiny
+from tests.family import kill_all
 
 pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).resolve().parents[1]
@@ -361,13 +361,7 @@ class Told:
 
     def kill(self) -> None:
         """Kill the driver and all that it has started."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        for process in family:
-            process.suspend()
-        self.process.kill()
-        for process in family:
-            process.kill()
-        self.process.wait()
+        kill_all(self.process)
 
     def said(self) -> str:
         self._said.flush()
@@ -392,8 +386,7 @@ class Driver(Told):
         try:
             assert self.process.wait(240) == 0, self.said()
         finally:
-            if self.process.poll() is None:
-                self.kill()
+            self.kill()
         return json.loads((self.run.parents[1] / "result.json").read_text())
 
 

@@ -27,6 +27,7 @@ from pipeline.train.board import DEMANDED, LEAVING, MORE, TERMINATED, Board
 from pipeline.train.checkpoint import complete
 from shards.storage import Folder
 from tests import tiny
+from tests.family import family, kill, kill_all, suspend
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 160
@@ -82,12 +83,9 @@ class Driver:
             start_new_session=True,
         )
 
-    def family(self) -> list[psutil.Process]:
-        return psutil.Process(self._process.pid).children(recursive=True)
-
     def workers(self) -> list[psutil.Process]:
         """The processes of the run."""
-        return [process for process in self.family() if "TrainWorker" in " ".join(process.cmdline())]
+        return family(self._process.pid, "TrainWorker")
 
     def wait_for_checkpoint(self, after: int = 0) -> None:
         """Return when there is a complete checkpoint of a later step."""
@@ -116,28 +114,24 @@ class Driver:
 
     def kill(self) -> list[psutil.Process]:
         """Kill the driver alone; returns its family, which has to follow it."""
-        family = self.family()
-        self._process.send_signal(signal.SIGKILL)
+        started = family(self._process.pid)
+        self._process.kill()
         self._process.wait()
-        return family
+        return started
 
     def kill_with_workers(self) -> None:
         """Kill the driver and the processes of the run, none of which does a step more."""
         workers = self.workers()
-        for process in workers:
-            process.suspend()
+        suspend(workers)
         self.kill()
-        for process in workers:
-            process.kill()
+        kill(workers)
 
     def end(self, code: int = 0) -> str:
         """What it said, on stdout where it ends well and on stderr otherwise."""
         try:
             said, wrong = self._process.communicate(timeout=240)
         finally:
-            if self._process.poll() is None:
-                for process in [*self.family(), psutil.Process(self._process.pid)]:
-                    process.kill()
+            kill_all(self._process)
         assert self._process.returncode == code, said + wrong
         return wrong if code else said
 
@@ -288,8 +282,8 @@ def test_a_picture_alone_that_does_not_fit_is_said_with_the_memory_there_is(tmp_
 def test_nothing_of_a_run_outlives_its_driver(place: Path) -> None:
     driver = Driver(place, "orphaned", duration=10**6)
     driver.wait_for_checkpoint()
-    family = driver.kill()
-    assert psutil.wait_procs(family, timeout=90)[1] == []  # Ray's own agents take a minute to notice
+    left = driver.kill()
+    assert psutil.wait_procs(left, timeout=90)[1] == []  # Ray's own agents take a minute to notice
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from pathlib import Path
 from threading import Thread
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 from ray import cloudpickle
@@ -25,6 +24,7 @@ from shards.recipe import Recipe
 from shards.sources import Arrays, Origin, Picture, Pictures, listing
 from shards.storage import Folder
 from shards.verify import verify
+from tests.family import kill_all
 
 pytestmark = pytest.mark.timeout(180)
 PREPARE = Path(__file__).resolve().parents[1] / "jobs" / "prepare.py"
@@ -255,13 +255,7 @@ def _kill_when(command: list[object], ready: Callable[[], bool]) -> None:
     while not ready():
         assert process.poll() is None and time.monotonic() < limit, "it ended before it could be killed"
         time.sleep(0.002)
-    started = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for child in started:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+    kill_all(process)
     process.communicate()
 
 

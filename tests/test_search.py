@@ -318,8 +318,7 @@ class Driver(Told):
         try:
             assert self.process.wait(240) == 0, self.said()
         finally:
-            if self.process.poll() is None:
-                self.kill()
+            self.kill()
         return self.said()
 
 

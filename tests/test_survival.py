@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -26,6 +25,7 @@ from pipeline.train.objective import Objective
 from pipeline.world import World
 from shards.storage import Folder
 from tests import tiny
+from tests.family import family, kill
 from tests.faults import Fault, Faults
 from tests.test_elastic import losses, store
 from tests.test_launch import Driver, words
@@ -61,9 +61,8 @@ class Besieged:
 
     def kill_worker(self) -> None:
         """One of its processes is killed."""
-        while not (found := [one for one in psutil.Process().children(recursive=True) if named(one, "TrainWorker")]):
+        while not (found := family(name="TrainWorker")) or not kill([self._chance.choice(found)]):
             time.sleep(0.02)
-        self._chance.choice(found).kill()
 
     def lose_node(self) -> None:
         """A machine is gone, and another comes."""
@@ -84,14 +83,6 @@ class Besieged:
 
 
 HAPPENS = [Besieged.lose_storage, Besieged.kill_driver, *2 * [Besieged.lose_node], *3 * [Besieged.kill_worker]]
-
-
-def named(process: psutil.Process, name: str) -> bool:
-    """Whether a process, if it is still there, has the name in its command line."""
-    try:
-        return name in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
 
 
 @pytest.fixture
