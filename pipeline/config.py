@@ -73,6 +73,9 @@ class Augment:
     """The same for CutMix (Yun et al. 2019); where both are given, each pair gets one of them, equally often."""
     erase: float = 0.0
     """Share of pictures in which a rectangle is replaced by noise (random erasing, Zhong et al. 2020)."""
+    repeats: int = 1
+    """How many times in a row each picture comes, cropped and changed anew each time (repeated augmentation, Hoffer et
+    al. 2020; DeiT has 3); an epoch stays as long, and has so many times fewer pictures."""
 
 
 @dataclass(frozen=True)
@@ -407,7 +410,7 @@ class Config:
             "data.cache_gigabytes": (self.data.cache_gigabytes, 0),
             "data.refused_limit": (self.data.refused_limit, 0), "augment.layers": (self.augment.layers, 0),
             "augment.magnitude": (self.augment.magnitude, 0), "augment.mixup": (self.augment.mixup, 0),
-            "augment.cutmix": (self.augment.cutmix, 0),
+            "augment.cutmix": (self.augment.cutmix, 0), "augment.repeats": (self.augment.repeats, 1),
         }  # fmt: skip
         for what, (value, lowest) in least.items():
             if not value >= lowest:
@@ -418,6 +421,12 @@ class Config:
         most = {"augreg": 22.0, "deit": 10.0}[self.augment.space]  # where the operations still have a meaning
         if self.augment.magnitude > most:
             raise ValueError(f"augment.magnitude is {self.augment.magnitude}; {self.augment.space} goes up to {most:g}")
+        repeats, lanes = self.augment.repeats, self.data.lanes
+        if repeats > 1 and self.pairs and (self.batch < 2 * lanes or lanes < repeats):
+            raise ValueError(
+                f"augment.repeats {repeats} with mixup or cutmix would mix pictures with themselves: it needs at least "
+                f"{repeats} lanes, of which there are {lanes}, and then a batch of {2 * max(lanes, repeats)} or more"
+            )
         if not 0 <= self.augment.erase <= 1:
             raise ValueError(f"augment.erase is {self.augment.erase}; it is a share of the pictures, from 0 to 1")
         for what, (first, last) in (("part", self.data.part), ("validation_part", self.data.validation_part)):

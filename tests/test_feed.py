@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.timeout(120)
 
 SET_SIZES = (7, 5, 11, 9)
 CPU = torch.device("cpu")
-ALL = Augment(layers=2, magnitude=9.0, mixup=0.8, cutmix=1.0, erase=0.5)
+ALL = Augment(layers=2, magnitude=9.0, mixup=0.8, cutmix=1.0, erase=0.5, repeats=3)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,20 @@ def test_every_epoch_changes_a_picture_in_its_own_way(shards: ShardSet) -> None:
             seen.setdefault(sample, []).append(image)
     assert all(len(images) == 3 for images in seen.values())
     assert sum(torch.equal(images[0], images[1]) for images in seen.values()) < len(seen) / 4
+
+
+def test_every_copy_of_a_repeated_picture_is_cut_anew_and_most_are_in_one_step(shards: ShardSet) -> None:
+    config = replace(tiny.config(shards), augment=Augment(repeats=3))
+    seen: dict[tuple[int, int], list[Tensor]] = {}
+    for step in steps(Corpus([shards]), config, end=6):
+        here = [sample for batch in step for sample in batch.samples.tolist()]
+        assert sum(here.count(sample) == 3 for sample in here) >= len(here) - 4
+        for batch in step:
+            for sample, epoch, image in zip(batch.samples.tolist(), batch.epochs.tolist(), batch.images, strict=True):
+                seen.setdefault((sample, epoch // 3), []).append(image)
+    assert len(seen) == 32 and all(len(images) == 3 for images in seen.values())
+    alike = [torch.equal(a, b) for images in seen.values() for a, b in combinations(images, 2)]
+    assert sum(alike) < len(alike) / 4
 
 
 def test_what_is_read_encoded_is_what_training_decodes(shards: ShardSet) -> None:
@@ -333,6 +348,8 @@ BAD = [
     ({"augment": Augment(mixup=-1)}, "augment.mixup is -1"),
     ({"augment": Augment(mixup=1), "micro_batch": 1}, "mixup and cutmix take pictures two by two"),
     ({"augment": Augment(cutmix=1), "batch": 8}, "8 processes share a batch of 8"),
+    ({"augment": Augment(repeats=0)}, "augment.repeats is 0; at least 1"),
+    ({"augment": Augment(mixup=1, repeats=9)}, "themselves: it needs at least 9 lanes, of which there are 8"),
 ]
 
 

@@ -183,6 +183,21 @@ def test_every_picture_is_trained_on_once_an_epoch(count: int, batch: int, seed:
         assert sorted(chosen[epoch == one]) == list(range(count))
 
 
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 15), st.integers(2, 4), st.integers(0, 3))
+def test_every_picture_comes_as_often_as_asked_and_is_never_its_own_partner(
+    count: int, pairs: int, repeats: int, seed: int
+) -> None:
+    batch = 2 * pairs
+    turns = [turn(count, step, batch, seed, repeats) for step in range(-(-2 * repeats * count // batch))]
+    chosen, epoch = (np.concatenate(column) for column in zip(*turns, strict=True))
+    for one in range(2 * repeats):
+        assert sorted(chosen[epoch == one]) == list(range(count))
+    for some, when in turns if pairs >= repeats else ():
+        alike = (some[::2] == some[1::2]) & (when[::2] // repeats == when[1::2] // repeats)
+        assert not alike.any()
+
+
 SIDES = np.array([[21, 28], [28, 21], [500, 333], [7, 7]] * 50).T
 
 
@@ -555,6 +570,7 @@ def test_every_recipe_that_is_none_is_named() -> None:
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"steps": 0}, "steps is 0"),
         ({"steps": 1, "batch": 0}, "batch is 0"),
+        ({"steps": 1, "batch": 4, "mixup": 0.1, "repeats": 3}, "3 repeats would mix pictures with themselves"),
         ({"steps": 1, "batch": 7, "mixup": 0.1}, "an even number to mix pairs"),
         ({"method": "fewshot"}, "shots is 0"),
     ]

@@ -1,11 +1,13 @@
 """The order of samples: arithmetic that holds whatever the lanes, the shards and the processes."""
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.plan import Mixture, Order, Picks, ends_epoch, needed, order, part_of_step
+from pipeline.data.plan import Mixture, Order, Picks, Repeated, ends_epoch, needed, order, part_of_step, stretch
 from pipeline.world import World
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple)
@@ -29,6 +31,11 @@ def mixtures(draw: st.DrawFn) -> Mixture:
     return made
 
 
+@st.composite
+def repetitions(draw: st.DrawFn) -> Repeated:
+    return Repeated(draw(orders() | mixtures()), draw(st.integers(2, 5)))
+
+
 def pictures(picks: Picks) -> list[tuple[int, int, int]]:
     return list(zip(*(column.tolist() for column in picks), strict=True))
 
@@ -37,26 +44,28 @@ def pictures(picks: Picks) -> list[tuple[int, int, int]]:
 @settings(deadline=None)
 def test_an_epoch_holds_every_picture_once_whatever_the_lanes(order: Order) -> None:
     longest = -(-2 * order.samples // order.lanes) + 1
-    seen = pictures(order.stretch(range(order.lanes), 0, longest))
+    seen = pictures(stretch(order, range(order.lanes), 0, longest))
     for epoch in (0, 1):
         once = sorted((shard, place) for e, shard, place in seen if e == epoch)
         assert once == [(shard, place) for shard, count in enumerate(order.counts) for place in range(count)]
 
 
-@given(orders() | mixtures(), st.integers(0, 60), st.integers(1, 20))
+@given(orders() | mixtures() | repetitions(), st.integers(0, 60), st.integers(1, 20))
 @settings(deadline=None)
 def test_to_skip_pictures_is_to_have_read_them_whatever_the_position(order: Order, start: int, count: int) -> None:
     for lane in range(order.lanes):
-        read = pictures(order.stretch(range(lane, lane + 1), 0, start + count))
-        assert pictures(order.stretch(range(lane, lane + 1), start, count)) == read[start:]
+        read = pictures(stretch(order, range(lane, lane + 1), 0, start + count))
+        assert pictures(stretch(order, range(lane, lane + 1), start, count)) == read[start:]
 
 
-@given(orders() | mixtures(), st.integers(0, 30), st.integers(1, 3))
+@given(orders() | mixtures() | repetitions(), st.integers(0, 30), st.integers(1, 3))
 @settings(deadline=None)
-def test_the_cluster_does_not_change_the_pictures_of_a_step(order: Order | Mixture, step: int, each: int) -> None:
+def test_the_cluster_does_not_change_the_pictures_of_a_step(
+    order: Order | Mixture | Repeated, step: int, each: int
+) -> None:
     batch = each * order.lanes
     alone = pictures(part_of_step(order, step, batch, 0, batch))
-    assert alone == pictures(order.stretch(range(order.lanes), step * each, each))
+    assert alone == pictures(stretch(order, range(order.lanes), step * each, each))
     for size in [n for n in range(1, order.lanes + 1) if order.lanes % n == 0]:
         share = batch // size
         for micro in [m for m in range(1, share + 1) if share % m == 0]:
@@ -79,17 +88,57 @@ def test_what_is_needed_is_what_is_read_whatever_the_position(
         known.setdefault(lane, []).append((need.start, need.end, set(need.shards.tolist())))
     for lane, stretches in known.items():
         for start, end, shards in stretches:
-            read = order.stretch(range(lane, lane + 1), start, end - start)
+            read = stretch(order, range(lane, lane + 1), start, end - start)
             assert set(read.shard.tolist()) <= shards
             if start > position:  # a whole window
                 assert set(read.shard.tolist()) == shards
+
+
+@given(repetitions(), st.integers(0, 100), st.integers(0, 1), st.integers(1, 30))
+@settings(deadline=None)
+def test_what_is_read_of_repeated_pictures_was_needed_before_and_is_until_then(
+    order: Repeated, position: int, rank: int, count: int
+) -> None:
+    lanes = World(rank, 2).share(order.lanes) if order.lanes % 2 == 0 else range(order.lanes)
+    known = list(takewhile(lambda need: need.start < position + count, needed(order, lanes, position)))
+    assert [need.start for need in known] == sorted(need.start for need in known)
+    read = stretch(order, lanes, position, count).shard.reshape(len(lanes), count)
+    for i in range(count):
+        held = [need.shards for need in known if need.start <= position + i < need.end]
+        assert {*read[:, i].tolist()} <= {*np.concatenate(held).tolist()}
+    assert len(order.reads(lanes)) <= len(lanes) + 2 * order.times
+
+
+@given(repetitions().filter(lambda made: isinstance(made.once, Order)))
+@settings(deadline=None)
+def test_every_picture_comes_so_many_times_in_a_row_in_lanes_side_by_side(order: Repeated) -> None:
+    assert isinstance(order.once, Order)
+    positions = order.times * (-(-order.samples // order.lanes) + 1)
+    lane, position = np.tile(np.arange(order.lanes), positions), np.repeat(np.arange(positions), order.lanes)
+    dealt = pictures(order.at(lane, position))
+    for first in range(0, order.times * order.samples, order.times):
+        copies = dealt[first : first + order.times]
+        assert len({copy[1:] for copy in copies}) == 1
+        assert [epoch % order.times for epoch, _, _ in copies] == list(range(order.times))
+    first_pass = sorted((shard, place) for epoch, shard, place in dealt if epoch < order.times)
+    held = [(shard, place) for shard, count in enumerate(order.once.counts) for place in range(count)]
+    assert first_pass == sorted(order.times * held)
+
+
+@given(repetitions(), st.integers(0, 30), st.integers(2, 5))
+@settings(deadline=None)
+def test_no_picture_is_paired_with_a_copy_of_its_own(order: Repeated, step: int, each: int) -> None:
+    assume(order.lanes >= order.times and each * order.lanes % 2 == 0)
+    picks = part_of_step(order, step, each * order.lanes, 0, each * order.lanes)
+    same = [(column[::2] == column[1::2]) for column in (picks.epoch // order.times, picks.shard, picks.place)]
+    assert not np.logical_and.reduce(same).any()
 
 
 @given(st.lists(counts, min_size=1, max_size=4), st.integers(0, 3))
 @settings(deadline=None)
 def test_an_epoch_of_several_sets_holds_every_picture_once(parts: list[tuple[int, ...]], seed: int) -> None:
     laid = order(parts, (), lanes=1, window=7, seed=seed)
-    seen = pictures(laid.stretch(range(1), 0, laid.samples))
+    seen = pictures(stretch(laid, range(1), 0, laid.samples))
     shards = [count for part in parts for count in part]
     assert sorted(seen) == [(0, shard, place) for shard, count in enumerate(shards) for place in range(count)]
 
@@ -123,7 +172,7 @@ def test_every_part_of_a_mixture_goes_through_its_own_epochs(order: Mixture) -> 
     for part, of in enumerate(order.parts):
         lanes = np.flatnonzero(order.of == part).tolist()
         longest = -(-of.samples // of.lanes)
-        seen = [p for lane in lanes for p in pictures(order.stretch(range(lane, lane + 1), 0, longest))]
+        seen = [p for lane in lanes for p in pictures(stretch(order, range(lane, lane + 1), 0, longest))]
         first = [(shard, place) for epoch, shard, place in seen if epoch == 0]
         assert len(first) == len(set(first)) == of.samples
 
@@ -144,14 +193,14 @@ def test_weights_that_cannot_hold_are_refused_with_a_way_out(weights: tuple[floa
 @given(orders(), st.integers(0, 200))
 @settings(deadline=None)
 def test_no_lane_is_ever_more_than_one_picture_ahead_of_another(order: Order, position: int) -> None:
-    epochs = [pictures(order.stretch(range(lane, lane + 1), position, 2)) for lane in range(order.lanes)]
+    epochs = [pictures(stretch(order, range(lane, lane + 1), position, 2)) for lane in range(order.lanes)]
     begun = max(first[0] for first, _ in epochs)
     assert all(second[0] >= begun for _, second in epochs)
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
     order = Order((50, 60, 70), lanes=4, window=20, seed=0)
-    seen = pictures(order.stretch(range(4), 0, 90))
+    seen = pictures(stretch(order, range(4), 0, 90))
     first = [(s, p) for e, s, p in seen if e == 0]
     second = [(s, p) for e, s, p in seen if e == 1]
     assert sorted(first) == sorted(second) and first != second
@@ -159,7 +208,7 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
 
 def test_neighbours_of_a_shard_are_spread_as_far_as_the_window_reaches() -> None:
     order = Order((1000,) * 8, lanes=2, window=2000, seed=0)
-    stream = order.stretch(range(1), 0, 4000)
+    stream = stretch(order, range(1), 0, 4000)
     where = {(int(s), int(p)): i for i, (s, p) in enumerate(zip(stream.shard, stream.place, strict=True))}
     apart = [abs(where[s, p] - where[s, p + 1]) for s, p in where if (s, p + 1) in where]
     full = 2000 / 3  # the mean distance of two places drawn from a window

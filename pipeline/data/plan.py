@@ -6,7 +6,7 @@ takes equally many pictures from each lane. So the pictures of a step depend nei
 that of threads, and a position is one integer: the step.
 
 Several shard sets are laid end to end as well, or, where they have weights, each gets lanes of its own: then the share
-of a set is that of its lanes, in every step.
+of a set is that of its lanes, in every step. Where pictures are repeated, the copies of one go to lanes side by side.
 
 Legend: N pictures of the corpus, L lanes, e epoch, l lane.
 """
@@ -65,16 +65,18 @@ class Order:
         """N."""
         return sum(self.counts)
 
-    def stretch(self, lanes: range | Numbers, start: int, count: int) -> Picks:
-        """For every one of `lanes`, its pictures from position `start` of its endless stream, `count` of them."""
-        lane = np.repeat(np.asarray(lanes, np.int64), count)
-        position = np.tile(np.arange(start, start + count, dtype=np.int64), len(lanes))
+    def at(self, lane: Numbers, position: Numbers) -> Picks:
+        """The pictures at these positions (n) of the endless streams of these lanes (n)."""
         epoch = ((position + 1) * self.lanes - lane - 1) // self.samples  # the inverse of _given
         shard, place = np.empty_like(position), np.empty_like(position)
         for one in np.unique(epoch).tolist():
             here = epoch == one
             shard[here], place[here] = self._of_epoch(one, lane[here], position[here] - self._given(one, lane[here]))
         return Picks(epoch, shard, place)
+
+    def reads(self, lanes: range) -> list[int]:
+        """The streams that lanes read, in the numbers that `window_at` takes: their own."""
+        return list(lanes)
 
     def window_at(self, lane: int, position: int) -> Need:
         """The window that a lane is in at `position` of its stream."""
@@ -140,17 +142,21 @@ class Mixture:
         """Number of the first shard of each part."""
         return [0, *accumulate(len(part.counts) for part in self.parts)]
 
-    def stretch(self, lanes: range, start: int, count: int) -> Picks:
+    def at(self, lane: Numbers, position: Numbers) -> Picks:
         """As of `Order`; the epoch is that of the part."""
-        of, within = self.of[lanes.start : lanes.stop], self.within[lanes.start : lanes.stop]
-        found = Picks(*(np.empty((len(lanes), count), np.int64) for _ in Picks._fields))
+        of, within = self.of[lane], self.within[lane]
+        found = Picks(*(np.empty_like(position) for _ in Picks._fields))
         for part in np.unique(of).tolist():
             here = of == part
-            picks = self.parts[part].stretch(within[here], start, count)
+            picks = self.parts[part].at(within[here], position[here])
             picks = picks._replace(shard=picks.shard + self._first[part])
             for column, values in zip(found, picks, strict=True):
-                column[here] = values.reshape(-1, count)
-        return Picks(*(column.reshape(-1) for column in found))
+                column[here] = values
+        return found
+
+    def reads(self, lanes: range) -> list[int]:
+        """As of `Order`."""
+        return list(lanes)
 
     def window_at(self, lane: int, position: int) -> Need:
         """As of `Order`."""
@@ -159,22 +165,79 @@ class Mixture:
         return need._replace(shards=need.shards + self._first[part])
 
 
-def part_of_step(order: Order | Mixture, step: int, batch: int, first: int, count: int) -> Picks:
+@dataclass(frozen=True)
+class Repeated:
+    """An order whose every picture comes `times` times, each time as in a round of its own (Hoffer et al. 2020).
+
+    The draws of all lanes, position by position and in a position lane by lane, are the pictures of `once` in the same
+    manner, each `times` times in a row: that is how DeiT's sampler deals them to its processes (Touvron et al. 2021,
+    section 6). So copies are in the same step, but for one picture at the end of a step, and in lanes side by side.
+    An epoch is still as many draws as there are pictures: the lanes pass through `times` of them until every picture
+    has come `times` times.
+    """
+
+    once: "Order | Mixture"
+    times: int
+
+    @property
+    def lanes(self) -> int:
+        """As many as without repetition."""
+        return self.once.lanes
+
+    @property
+    def samples(self) -> int:
+        """As many as without repetition."""
+        return self.once.samples
+
+    def at(self, lane: Numbers, position: Numbers) -> Picks:
+        """As of `Order`; `epoch` counts how often the picture came before, in this pass and in others."""
+        draw, copy = np.divmod(position * self.lanes + lane, self.times)
+        picks = self.once.at(draw % self.lanes, draw // self.lanes)
+        return picks._replace(epoch=picks.epoch * self.times + copy)
+
+    def reads(self, lanes: range) -> list[int]:
+        """The lanes of `once` that lanes read: about as many, at the same ones again after `times` positions."""
+        drawn = np.arange(self.times)[:, None] * self.lanes + np.arange(lanes.start, lanes.stop)
+        return np.unique(drawn // self.times % self.lanes).tolist()
+
+    def window_at(self, lane: int, position: int) -> Need:
+        """The window that a lane of `once` is in when the lanes are at `position`, between their positions."""
+        draw = position * self.lanes - self.times + 1 - lane * self.times  # of the first picture not yet passed
+        need = self.once.window_at(lane, max(0, -(-draw // (self.lanes * self.times))))
+        start, end = ((at * self.lanes + lane) * self.times // self.lanes for at in (need.start, need.end))
+        return Need(start, end, need.shards)
+
+
+def stretch(order: "Order | Mixture | Repeated", lanes: range, start: int, count: int) -> Picks:
+    """For every one of `lanes`, its pictures from position `start` of its endless stream, `count` of them."""
+    lane = np.repeat(np.arange(lanes.start, lanes.stop, dtype=np.int64), count)
+    return order.at(lane, np.tile(np.arange(start, start + count, dtype=np.int64), len(lanes)))
+
+
+def part_of_step(order: Order | Mixture | Repeated, step: int, batch: int, first: int, count: int) -> Picks:
     """Pictures `first` to `first + count` of the `batch` pictures of a step, which lie lane by lane."""
     each = batch // order.lanes
     lanes = range(first // each, -(-(first + count) // each))
     skipped = first - lanes.start * each
-    return Picks(*(column[skipped : skipped + count] for column in order.stretch(lanes, step * each, each)))
+    return Picks(*(column[skipped : skipped + count] for column in stretch(order, lanes, step * each, each)))
 
 
 def order(
-    parts: Sequence[tuple[int, ...]], weights: Sequence[float], *, lanes: int, window: int, seed: int
-) -> Order | Mixture:
+    parts: Sequence[tuple[int, ...]], weights: Sequence[float], *, lanes: int, window: int, seed: int, repeats: int = 1
+) -> Order | Mixture | Repeated:
     """The order of several sets, the shards of each of which hold so many pictures.
 
     Without weights they are one corpus, each picture of which comes once an epoch. With weights the share of each set
-    in every step is its weight, rounded to lanes; ValueError where a set would get none.
+    in every step is its weight, rounded to lanes; ValueError where a set would get none. With repeats each picture
+    comes so many times in a row.
     """
+    once = _once(parts, weights, lanes, window, seed)
+    return once if repeats == 1 else Repeated(once, repeats)
+
+
+def _once(
+    parts: Sequence[tuple[int, ...]], weights: Sequence[float], lanes: int, window: int, seed: int
+) -> Order | Mixture:
     if not weights:
         return Order(tuple(count for part in parts for count in part), lanes, window, seed)
     if len(weights) != len(parts) or min(weights) <= 0:
@@ -204,9 +267,9 @@ def _allotted(weights: Sequence[float], lanes: int) -> list[int]:
     return shares
 
 
-def needed(order: Order | Mixture, lanes: range, position: int) -> Iterator[Need]:
+def needed(order: Order | Mixture | Repeated, lanes: range, position: int) -> Iterator[Need]:
     """What the lanes read from `position` of their streams on, in the order of the first need, without an end."""
-    ahead = [(position, lane) for lane in lanes]
+    ahead = [(position, lane) for lane in order.reads(lanes)]
     heapify(ahead)
     while True:
         start, lane = ahead[0]

@@ -70,22 +70,29 @@ class Cut(NamedTuple):
     """What RandAugment does to them."""
 
 
-def turn(count: int, step: int, batch: int, seed: int) -> tuple[Numbers, Numbers]:
-    """The pictures of a step and the epoch of each: every picture once an epoch, short steps run into the next."""
-    position = np.arange(step * batch, (step + 1) * batch)
+def turn(count: int, step: int, batch: int, seed: int, repeats: int = 1) -> tuple[Numbers, Numbers]:
+    """The pictures of a step and the epoch of each: every picture once an epoch, short steps run into the next.
+
+    With repeats each comes so many times in a row, each time as in an epoch of its own, and in an even batch of twice
+    as many or more no two of a pair, which are mixed with each other, are the same.
+    """
+    place = np.arange(batch)
+    if repeats > 1 and batch % 2 == 0:
+        place = place.reshape(2, -1).T.reshape(-1)
+    position, copy = np.divmod(step * batch + place, repeats)
     epoch = position // count
     chosen = np.empty_like(position)
     for one in np.unique(epoch).tolist():
         here = epoch == one
         chosen[here] = permutation(count, "finetune", seed, one)[position[here] % count]
-    return chosen, epoch
+    return chosen, epoch * repeats + copy
 
 
 def training_cuts(pictures: Source, recipe: Recipe, seed: int) -> Iterator[Cut]:
     """What each step sees, step by step."""
     width, height = pictures.sizes
     for step in range(recipe.steps):
-        chosen, epoch = turn(len(width), step, recipe.batch, seed)
+        chosen, epoch = turn(len(width), step, recipe.batch, seed, recipe.repeats)
         crops = training_crops(recipe, width[chosen], height[chosen], chosen, epoch, seed)
         some = random_changes(chosen, epoch, seed=seed, augment=recipe.augment) if recipe.layers else None
         yield Cut(chosen, epoch, crops, some)

@@ -105,6 +105,8 @@ def check(recipe: Recipe, architecture: Architecture) -> Architecture:
         raise ValueError(f"shots is {recipe.shots}; at least 1 is needed")
     if recipe.batch < 1 or ((recipe.mixup or recipe.cutmix) and recipe.batch % 2):
         raise ValueError(f"batch is {recipe.batch}; at least 1 is needed, and an even number to mix pairs of pictures")
+    if 1 < recipe.repeats > recipe.batch // 2 and (recipe.mixup or recipe.cutmix):
+        raise ValueError(f"batch is {recipe.batch}: {recipe.repeats} repeats would mix pictures with themselves")
     return fitted(architecture, recipe)
 
 

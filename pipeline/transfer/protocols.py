@@ -60,6 +60,8 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     erase: float = 0.0
+    repeats: int = 1
+    """How many times in a row each picture comes, changed anew each time."""
     smoothing: float = 0.0
     dropout: float | None = None
     """None for the checkpoint's own; a model that has none stays without."""
@@ -76,7 +78,7 @@ class Recipe:
     @property
     def augment(self) -> Augment:
         """What is done to training pictures beside crop and flip."""
-        return Augment(self.layers, self.magnitude, "deit", self.mixup, self.cutmix, self.erase)
+        return Augment(self.layers, self.magnitude, "deit", self.mixup, self.cutmix, self.erase, self.repeats)
 
     def rate_at(self, rate: float, step: int) -> float:
         """The learning rate of a step (from 0), of which `rate` is the highest."""
@@ -241,7 +243,7 @@ def _deit(case: Case) -> Recipe:
     )
     if case.task.name == "imagenet":
         made = replace(made, optimizer="adamw", batch=512, weight_decay=1e-8, size=384, end=1.0)
-        return _epochs(replace(made, erase=0.25, stochastic_depth=0.1), 30, case.samples)
+        return _epochs(replace(made, erase=0.25, repeats=3, stochastic_depth=0.1), 30, case.samples)
     return _epochs(replace(made, batch=768, weight_decay=1e-4, size=224, end=1e-3), 1_000, case.samples)
 
 
@@ -309,8 +311,8 @@ big_vision = Protocol("big-vision", 1, "Beyer et al. 2022, big_vision, configs/t
 bit_hyperrule = Protocol(
     "bit-hyperrule", 1, "Kolesnikov et al. 2020, Big Transfer, section 3.3", _bit_hyperrule, _grid(0.003)
 )
-deit = Protocol("deit", 1, "Touvron et al. 2021, DeiT, section 5.2 and table 9, README, issue 45", _deit, _deit_rates)
-cmt = Protocol("cmt", 1, "Guo et al. 2022, CMT, section 4.1, after DeiT", _cmt, _deit_rates)
+deit = Protocol("deit", 2, "Touvron et al. 2021, DeiT, section 5.2 and table 9, README, issue 45", _deit, _deit_rates)
+cmt = Protocol("cmt", 2, "Guo et al. 2022, CMT, section 4.1, after DeiT", _cmt, _deit_rates)
 linear = Protocol(
     "linear",
     1,
