@@ -104,12 +104,12 @@ def main(argv: list[str]) -> None:
     folder.check_writable()
     uri = tracking_uri(arguments.tracking_uri or None)
     check(uri)
-    steps = source.about.get("metrics", {}).get("steps", "")
+    told_of = source.about.get("metrics", {})
     run = source.folder.absolute.partition("/milestones/")[0].removesuffix("/export")
-    told = Logged(
-        Trials(uri, source.digest, run), {"checkpoint.folder": source.folder.absolute, "checkpoint.steps": steps}
-    )
+    about = {"checkpoint.folder": source.folder.absolute, "checkpoint.steps": told_of.get("steps", "")}
+    told = Logged(Trials(uri, source.digest, run), about, told_of.get("exaflops"))
     results = sweep.Results(folder)
+    results.describe(source)
     try:
         parts, errors = _all(arguments, wanted, source.folder.absolute, data, results, uri, told)
     finally:
@@ -263,8 +263,8 @@ def line(state: "State", now: float) -> str:
 class Logged:
     """Results on their way to MLflow, for which the sweep does not wait."""
 
-    def __init__(self, trials: "Trials", checkpoint: dict[str, Any]) -> None:
-        self._trials, self._checkpoint = trials, checkpoint
+    def __init__(self, trials: "Trials", checkpoint: dict[str, Any], exaflops: float | None = None) -> None:
+        self._trials, self._checkpoint, self._exaflops = trials, checkpoint, exaflops
         self._coming: SimpleQueue[tuple[str, dict[str, Any]] | None] = SimpleQueue()
         self._thread = Thread(target=self._log, daemon=True, name="mlflow")
         self._thread.start()
@@ -286,11 +286,13 @@ class Logged:
 
         while coming := self._coming.get():
             name, result = coming
-            said = params(result)
+            said, measured = params(result), metrics(result)
             if said["start"] == "pretrained":
                 said |= self._checkpoint  # which decides nothing, but is what people ask for
+                if self._exaflops is not None:
+                    measured["exaflops"] = self._exaflops  # of the pretraining, to draw accuracy against
             title = " ".join(str(said[key]) for key in ("task", "start", "split", "lr", "seed"))
-            self._trials.add(name, title, said, metrics(result))
+            self._trials.add(name, title, said, measured)
 
 
 if __name__ == "__main__":

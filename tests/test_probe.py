@@ -248,6 +248,9 @@ def test_the_value_is_that_of_the_milestone_and_the_closed_form_as_if_they_were_
     found = choose(training, validation, size, config.seed)
     assert found
     milestone = find(str(folder / run.MILESTONES / "step-00000080"))
+    spent = flops.training_exaflops(config.model, config.classes, 80 * config.batch)
+    assert milestone.about["metrics"] == {"data_root": training.root, "steps": 80, "exaflops": spent}
+    assert find(str(folder)).about["metrics"]["exaflops"] == pytest.approx(2 * spent)
     model = build(milestone.config, milestone.classes)
     model.load_state_dict(milestone.weights())
     feed = Feed(training, config)

@@ -577,7 +577,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny.config(tasks.find(str(folder / "sets"), DIGITS)["digits/test"])
     model = build(replace(config, model=replace(config.model, representation=True)))
     config = replace(config, model=model.config)
-    export(Folder(str(folder / "run")), config, {k: v.detach() for k, v in model.named_parameters()}, {"steps": 0})
+    weights, told = {k: v.detach() for k, v in model.named_parameters()}, {"steps": 0, "exaflops": 0.25}
+    export(Folder(str(folder / "run")), config, weights, told)
     return folder
 
 
@@ -662,6 +663,8 @@ def test_a_sweep_says_what_every_task_is_worth(undisturbed: dict[str, Result], p
     tested = [result for result in undisturbed.values() if result["trial"]["split"] == TEST]
     assert len(tested) == 4 and min(result["accuracy"] for result in tested) > 0.8
     told = [run for run in read(f"sqlite:///{place}/mlflow.db") if run.tags["vitscale.kind"] == "trial"]
+    assert {point.value for run in told for point in run.metrics.get("exaflops", ())} == {0.25}
+    assert all(("exaflops" in run.metrics) == (run.params["start"] == "pretrained") for run in told)
     assert {run.tags["vitscale.trial"]: run.metrics["accuracy"][0].value for run in told} == {
         name: result["accuracy"] for name, result in undisturbed.items()
     }

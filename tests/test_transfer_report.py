@@ -29,12 +29,13 @@ from pipeline.insight import transfer
 from pipeline.insight.clean import Held, clean, contaminated, right
 from pipeline.insight.published import GROUPS, VTAB
 from pipeline.insight.tables import Row, Table
-from pipeline.insight.tested import lines
+from pipeline.insight.tested import Known, lines
 from pipeline.models.weights.exported import find as find_model
 from pipeline.models.weights.exported import put
 from pipeline.transfer import protocols, tasks
 from pipeline.transfer.finetune import Trial, perform
 from pipeline.transfer.protocols import Recipe
+from pipeline.transfer.results import Results as Kept
 from pipeline.transfer.tasks import Task, named
 from shards.build import build
 from shards.datasets import find
@@ -209,7 +210,7 @@ def test_results_from_before_a_setting_was_there_stand_with_those_that_say_it() 
 
 
 def test_every_model_protocol_and_start_has_a_line_in_the_order_of_their_names() -> None:
-    task, models = one("cifar10"), {"a" * 64: "run step-200", "b" * 64: "run step-1000"}
+    task, models = one("cifar10"), {"a" * 64: Known("run step-200"), "b" * 64: Known("run step-1000")}
     results = [result(task, 0.5, model=model, protocol=p) for model in reversed(models) for p in ("vit-1", "linear-1")]
     results.append(result(task, 0.4, start="scratch"))
     assert [line.label for line in lines(numbered(*results), models)] == [
@@ -520,8 +521,9 @@ def test_the_command_prints_what_it_writes_and_where(folder: Path, tmp_path: Pat
 
 
 def exported(folder: Path, weight: float) -> str:
-    """A model's folder; its digest."""
-    put(Folder(str(folder)), {"w": torch.tensor([weight])}, vit_ti16, 2, mean=[0.5] * 3, std=[0.5] * 3)
+    """A model's folder, whose pretraining cost as many exaFLOPs; its digest."""
+    told = {"exaflops": weight}
+    put(Folder(str(folder)), {"w": torch.tensor([weight])}, vit_ti16, 2, mean=[0.5] * 3, std=[0.5] * 3, metrics=told)
     return find_model(str(folder)).digest
 
 
@@ -530,17 +532,75 @@ def test_every_model_that_is_shown_is_called_by_where_it_lies(tmp_path: Path) ->
     first, second = (exported(tmp_path / "vit_a" / "milestones" / f"step-{n}", n) for n in (20, 100))
     alone = exported(tmp_path / "bit", 2.0)
     (tmp_path / "vit_a" / "milestones" / "step-200").mkdir()  # has only begun to be written
-    of_run = {whole: "vit_a", first: "vit_a step-20", second: "vit_a step-100"}
-    architecture = find_model(str(tmp_path / "bit")).architecture
-    assert transfer.named(f"{tmp_path}/vit_a/,{tmp_path}/bit") == {**of_run, alone: "bit", architecture: "vit_a"}
-    assert transfer.named(f"{tmp_path}/vit_a/milestones/step-20") == {first: "vit_a step-20", architecture: "vit_a"}
-    shutil.rmtree(tmp_path / "vit_a" / "export")
-    assert transfer.named(f"{tmp_path}/vit_a") == {
-        first: "vit_a step-20",
-        second: "vit_a step-100",
-        architecture: "vit_a",
+    same = find_model(str(tmp_path / "bit")).architecture
+    of_run = {
+        whole: Known("vit_a", same, 1.0),
+        first: Known("vit_a step-20", same, 20.0),
+        second: Known("vit_a step-100", same, 100.0),
+        same: Known("vit_a", same),
     }
+    assert transfer.named(f"{tmp_path}/vit_a/,{tmp_path}/bit") == {**of_run, alone: Known("bit", same, 2.0)}
+    assert transfer.named(f"{tmp_path}/vit_a/milestones/step-20") == {name: of_run[name] for name in (first, same)}
+    shutil.rmtree(tmp_path / "vit_a" / "export")
+    assert transfer.named(f"{tmp_path}/vit_a") == {name: of_run[name] for name in (first, second, same)}
     assert transfer.named("") == {}
+
+
+def test_every_model_is_called_by_where_it_was_when_it_was_fine_tuned(tmp_path: Path) -> None:
+    folder, digests = Folder(str(tmp_path / "sweep")), [exported(tmp_path / "vit_a/milestones/step-20", 20.0)]
+    digests.append(exported(tmp_path / "vit_b", 3.0))
+    for where in ("vit_a/milestones/step-20", "vit_b"):
+        Kept(folder).describe(find_model(str(tmp_path / where)))
+    asked = ",".join(str(tmp_path / where) for where in ("vit_a/milestones/step-20", "vit_b"))
+    expected = transfer.named(asked)
+    shutil.rmtree(tmp_path / "vit_a")
+    assert transfer.described(folder) == expected and {*digests} < expected.keys()
+    (tmp_path / "vit_b").rename(tmp_path / "moved")
+    Kept(folder).describe(find_model(str(tmp_path / "moved")))
+    assert transfer.described(folder) == expected, "who described it first"
+
+
+# --- accuracy against compute ---------------------------------------------------------------------------------------
+
+GROWN = {f"{i}" * 64: Known(f"run step-{i}", "vit", 0.004 * i) for i in (1, 2, 3)}
+GROWN["f" * 64] = Known("bit", "bit", 0.5)
+
+
+def grown() -> dict[str, dict[str, Any]]:
+    """Better with every checkpoint, and another model that was judged once."""
+    return numbered(
+        *(
+            result(one(task), 0.5 + (i + worth) / 20, seed=seed, model=model)
+            for i, model in enumerate(GROWN)
+            for worth, task in enumerate(("cifar10", "pets"))
+            for seed in range(2)
+        ),
+        *vtab(model="1" * 64),
+        *vtab(model="2" * 64, protocol="linear-1"),
+    )
+
+
+def test_every_curve_is_of_one_task_and_one_architecture_by_compute() -> None:
+    (protocol, curves), *others = transfer.growing(lines(grown(), GROWN)).items()
+    assert (protocol, others) == ("vit-1", []), "one checkpoint makes no curve"
+    assert [curve.name for curve in curves] == ["CIFAR-10", "Pets"]
+    for worth, curve in enumerate(curves):
+        assert [point.exaflops for point in curve.curve] == pytest.approx([0.004, 0.008, 0.012])
+        assert [point.accuracy for point in curve.curve] == pytest.approx([0.5 + (i + worth) / 20 for i in range(3)])
+    assert transfer.growing(lines(grown(), {})) == transfer.growing(lines(grown())) == {}
+
+
+def test_the_compute_of_ours_stands_beside_the_papers_in_three_digits() -> None:
+    results = grown()
+    made = titled(transfer.tables(results, None, GROWN), "by size")
+    assert [cells(made, name)["exaFLOPs"] for name in ("run step-1", "run step-3", "bit")] == [
+        "0.00400",
+        "0.0120",
+        "0.500",
+    ]
+    rows = list(csv.DictReader(io.StringIO(transfer.points_csv(results, None, GROWN))))
+    assert {row["exaflops"] for row in rows if row["model"] == "run step-2"} == {"0.008"}
+    assert "exaFLOPs" in titled(transfer.tables(results), "by size").columns, "of the papers"
 
 
 def test_every_task_protocol_and_option_that_the_documentation_names_is_there() -> None:
@@ -645,6 +705,18 @@ def test_nothing_of_the_page_comes_from_a_network(written: Path) -> None:
     text = (written / "report.html").read_text()
     assert not re.search(r"<(script|link|iframe|object|embed|img|image|use)\b", text)
     assert not re.search(r"@import|url\(|https?://|\b(src|href|srcset)=", text)
+
+
+def test_the_page_draws_the_curves_that_there_are(tmp_path: Path) -> None:
+    results = grown()
+    ours = lines(results, GROWN)
+    transfer.write(Folder(str(tmp_path)), transfer.tables(results, None, GROWN), "", "title", "somewhere", ours)
+    text = (tmp_path / "report.html").read_text()
+    (section,) = re.findall(r"<section><h2>Accuracy against.*?</section>", text, re.DOTALL)
+    assert section.count("<svg") == 2 and "vit-1</h2>" in section
+    for word in ("for CIFAR-10, Pets", ">CIFAR-10</text>", ">Pets</text>", "test accuracy", "exaFLOPs"):
+        assert word in section, word
+    test_nothing_of_the_page_comes_from_a_network(tmp_path)
 
 
 @pytest.mark.parametrize("width", [400, 900, 1400])

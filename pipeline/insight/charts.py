@@ -53,7 +53,9 @@ PAGE = Palette(
 """For the page, whose style says what they are by day and by night."""
 
 
-def scaling(report: Report, palette: Palette, width: int, height: int) -> alt.LayerChart:
+def scaling(
+    report: Report, palette: Palette, width: int, height: int, *, judged: str = "validation accuracy"
+) -> alt.LayerChart:
     """Accuracy against training compute: a line for each run, its end marked; behind them the front and the law.
 
     The vertical axis is logarithmic in the error, as is usual for scaling laws: equal distances are equal factors.
@@ -69,7 +71,7 @@ def scaling(report: Report, palette: Palette, width: int, height: int) -> alt.La
     )
     y = alt.Y(
         "error:Q",
-        title="validation accuracy",
+        title=judged,
         scale=alt.Scale(type="log", domain=[axis.low, axis.high], reverse=True, nice=False, zero=False),
         axis=alt.Axis(values=axis.ticks(), labelExpr="format(1 - datum.value, '.3~%')"),
     )

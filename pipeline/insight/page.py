@@ -78,7 +78,7 @@ def _scaling(report: Report) -> str:
         return ""
     said = "".join(f"<p>{_escaped(sentence)}</p>" for sentence in words.findings(report))
     names = ", ".join(run.name for run in report.runs if run.end)
-    drawn = _figure(
+    drawn = figure(
         [
             charts.svg(charts.scaling(report, charts.PAGE, WIDE, 400)),
             charts.svg(charts.scaling(report, charts.PAGE, NARROW, 300)),
@@ -112,7 +112,7 @@ def _transfer(report: Report) -> str:
         return ""
     drawn = ""
     if any(t.pretrained and t.scratch for t in report.transfers):
-        drawn = _figure(
+        drawn = figure(
             [
                 charts.svg(charts.transfer(report, charts.PAGE, WIDE)),
                 charts.svg(charts.transfer(report, charts.PAGE, NARROW - 20)),
@@ -131,7 +131,8 @@ The margin is in points, with its standard error; ahead means by more than two o
 and of scratch, were chosen without the test set.</p></section>"""
 
 
-def _figure(drawings: Sequence[str], label: str, caption: str) -> str:
+def figure(drawings: Sequence[str], label: str, caption: str) -> str:
+    """A chart in two widths, of which a page shows the one that fits, with its caption."""
     wide, narrow = (_inline(drawing, label) for drawing in drawings)
     return f"""<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div>
 <figcaption>{escape(caption)}</figcaption></figure>"""

@@ -20,6 +20,17 @@ Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is told of a model beside its results."""
+
+    name: str
+    architecture: str = ""
+    """Its digest."""
+    exaflops: float | None = None
+    """What its pretraining has cost."""
+
+
+@dataclass(frozen=True)
 class Tested:
     """The test of one task: by one learning rate, one result for each seed, in their order."""
 
@@ -66,6 +77,8 @@ class Ours:
     """By task."""
     undecided: tuple[str, ...] = ()
     """Tasks of which several learning rates were tested, and nothing says which of them counts."""
+    known: Known | None = None
+    """Where something is told of the model that it was pretrained as."""
 
     @property
     def label(self) -> str:
@@ -95,8 +108,8 @@ class Ours:
         return replace(number(of_seed or [mean]), mean=100 * mean)
 
 
-def lines(results: Mapping[str, Result], names: Mapping[str, str] | None = None) -> list[Ours]:
-    """A line for each model and protocol, pretrained ones first; `names` calls digests of models by a name."""
+def lines(results: Mapping[str, Result], models: Mapping[str, Known] | None = None) -> list[Ours]:
+    """A line for each model and protocol, pretrained ones first; `models` tells of them, by digest."""
     found: dict[tuple[str, str, str], dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(results):
         trial = results[name]["trial"]
@@ -107,8 +120,9 @@ def lines(results: Mapping[str, Result], names: Mapping[str, str] | None = None)
         for setting in range(max(map(len, settings.values()))):
             tests, undecided = _tests({task: of[setting] for task, of in settings.items() if setting < len(of)})
             if tests or undecided:
-                name = _name(start, model, names or {})
-                made.append(Ours(model, name, start, protocol, setting, tests, undecided))
+                about = (models or {}).get(model)
+                name, known = _name(start, model, about), None if start == "scratch" else about
+                made.append(Ours(model, name, start, protocol, setting, tests, undecided, known))
     return sorted(made, key=lambda ours: (ours.start == "scratch", _counted(ours.label)))
 
 
@@ -122,8 +136,8 @@ def _settings(results: Sequence[Result]) -> list[list[Result]]:
     return [found[setting] for setting in sorted(found)]
 
 
-def _name(start: str, model: str, names: Mapping[str, str]) -> str:
-    called = names.get(model, model[:8])
+def _name(start: str, model: str, about: Known | None) -> str:
+    called = about.name if about else model[:8]
     return f"from scratch ({called})" if start == "scratch" else called
 
 

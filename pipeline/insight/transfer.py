@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
+from math import floor, log10
 
 from pipeline.cli import parse
-from pipeline.insight import words
+from pipeline.insight import charts, page, words
 from pipeline.insight.clean import Held, clean, contaminated
-from pipeline.insight.page import STYLE as PAGE_STYLE
 from pipeline.insight.published import (
     AUGREGS,
     BIT_M,
@@ -31,9 +31,9 @@ from pipeline.insight.published import (
     Line,
     Number,
 )
-from pipeline.insight.report import Report, Results, Transfer
+from pipeline.insight.report import Pretraining, Report, Results, Transfer, Validation
 from pipeline.insight.tables import ABSENT, STYLE, Row, Table, html, markdown, show
-from pipeline.insight.tested import Ours, Result, Tested, lines
+from pipeline.insight.tested import Known, Ours, Result, Tested, lines
 from shards.storage import Folder
 
 HEADINGS = {
@@ -60,14 +60,14 @@ _MEANS = {
 def tables(
     results: Mapping[str, Result],
     held: Mapping[str, Held] | None = None,
-    names: Mapping[str, str] | None = None,
+    models: Mapping[str, Known] | None = None,
 ) -> tuple[Table, ...]:
     """The tables in which the results have something to say.
 
-    `held` says by root digest of a test set which of its pictures the pretraining's corpus holds; `names` calls
-    models, by digest, by a name.
+    `held` says by root digest of a test set which of its pictures the pretraining's corpus holds; `models`
+    tells of models, by digest.
     """
-    ours = lines(results, names)
+    ours = lines(results, models)
     made = [
         _models("Transfer (as table 2 of the ViT paper)", ours, _FIRST, [*TABLE_2, *BIT_M, *_OTHERS]),
         _models("Transfer by size and pretraining (as tables 5 and 6)", ours, _SECOND, [*TABLE_5, *TABLE_6]),
@@ -90,7 +90,7 @@ def _models(title: str, ours: Sequence[Ours], columns: Sequence[str], others: Se
         return None
     shown = [column for column in columns if any(column in _values(line) for line in [*known, *others])]
     sources = _marks(line for line in others)
-    rows = [Row((line.label, *_cells(line.values, shown)), ours=True, section="ours") for line in known]
+    rows = [Row((line.label, *_cells(_values(line), shown)), ours=True, section="ours") for line in known]
     rows += [
         Row((f"{line.model} [{sources[line.source]}]", *_cells(_values(line), shown)), section=line.source)
         for line in others
@@ -100,9 +100,11 @@ def _models(title: str, ours: Sequence[Ours], columns: Sequence[str], others: Se
 
 
 def _values(line: Ours | Line) -> Mapping[str, Number]:
-    """With the compute of its pretraining, where it was told."""
-    if isinstance(line, Line) and line.exaflops is not None:
-        return {**line.values, "exaflops": Number(line.exaflops, decimals=0)}
+    """With the compute of its pretraining, where it was told; of ours in three digits."""
+    if isinstance(line, Line):
+        return line.values if line.exaflops is None else {**line.values, "exaflops": Number(line.exaflops, decimals=0)}
+    if spent := line.known and line.known.exaflops:
+        return {**line.values, "exaflops": Number(spent, decimals=max(0, 2 - floor(log10(spent))))}
     return line.values
 
 
@@ -259,6 +261,65 @@ def _test_sets(ours: Sequence[Ours]) -> Iterator[tuple[Ours, str, Tested, str]]:
                 yield line, name, test, also
 
 
+# --- accuracy against compute ---------------------------------------------------------------------------------------
+
+_DRAWN = 8
+"""Curves in a chart, each of a colour of its own."""
+
+
+def growing(ours: Sequence[Ours]) -> dict[str, tuple[Pretraining, ...]]:
+    """By protocol, a curve for each task, of checkpoints of one architecture by the compute of their pretraining.
+
+    There are curves where an architecture was judged after two or more amounts of compute. Tasks of VTAB-1k are there
+    as its mean and those of its groups.
+    """
+    reached: dict[str, dict[tuple[str, str], dict[float, float]]] = {}
+    for line in ours:
+        if not (line.known and line.known.exaflops):
+            continue
+        for column, one in line.values.items():
+            if column not in VTAB:
+                curves = reached.setdefault(line.protocol, {})
+                points = curves.setdefault((line.known.architecture, column), {})
+                points[line.known.exaflops] = max(one.mean / 100, points.get(line.known.exaflops, 0.0))
+    found = {protocol: _curves(of) for protocol, of in sorted(reached.items())}
+    return {protocol: curves for protocol, curves in found.items() if curves}
+
+
+def _curves(reached: Mapping[tuple[str, str], Mapping[float, float]]) -> tuple[Pretraining, ...]:
+    """The first few of those that have a length."""
+    long = {key: points for key, points in sorted(reached.items()) if len(points) > 1}
+    several = len({architecture for architecture, _ in long}) > 1
+    return tuple(
+        Pretraining(
+            id=f"{architecture} {column}",
+            name=HEADINGS.get(column, _MEANS.get(column, column)) + (f" ({architecture[:4]})" if several else ""),
+            status="FINISHED",
+            parameters=None,
+            pictures=None,
+            hours=None,
+            pictures_per_second=None,
+            mfu=None,
+            curve=tuple(Validation(0, exaflops, accuracy) for exaflops, accuracy in sorted(points.items())),
+        )
+        for (architecture, column), points in list(long.items())[:_DRAWN]
+    )
+
+
+def _drawn(protocol: str, curves: tuple[Pretraining, ...]) -> str:
+    """The chart as a section of the page."""
+    report = Report(curves, (), None, 0)
+    figure = page.figure(
+        [
+            charts.svg(charts.scaling(report, charts.PAGE, wide, height, judged="test accuracy"))
+            for wide, height in ((page.WIDE, 400), (page.NARROW, 300))
+        ],
+        f"Line chart of test accuracy against the compute of pretraining for {', '.join(run.name for run in curves)}",
+        "Each line is a task, each dot a checkpoint: the mean over the seeds. The scale is logarithmic in the error.",
+    )
+    return f"<section><h2>Accuracy against the compute of pretraining, {escape(protocol)}</h2>{figure}</section>"
+
+
 # --- what is written ------------------------------------------------------------------------------------------------
 
 _CSV: tuple[str, ...] = (
@@ -266,6 +327,7 @@ _CSV: tuple[str, ...] = (
     "protocol",
     "start",
     "checkpoint",
+    "exaflops",
     "task",
     "accuracy",
     "deviation",
@@ -279,14 +341,15 @@ _CSV: tuple[str, ...] = (
 def points_csv(
     results: Mapping[str, Result],
     held: Mapping[str, Held] | None = None,
-    names: Mapping[str, str] | None = None,
+    models: Mapping[str, Known] | None = None,
 ) -> str:
     """Every number of ours at full precision and every published one as printed, in %, a line each."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV, lineterminator="\n")
     writer.writeheader()
-    for line in lines(results, names):
+    for line in lines(results, models):
         same = {"model": line.name, "protocol": line.protocol, "start": line.start, "checkpoint": line.model}
+        same |= {"exaflops": line.known.exaflops} if line.known else {}
         for column, one in line.values.items():
             row = {**same, "task": column, "accuracy": one.mean, "deviation": one.deviation, "source": "ours"}
             if test := line.tests.get(column):
@@ -313,7 +376,7 @@ def markdown_page(made: Sequence[Table], title: str) -> str:
     return "\n".join([f"# {title}\n", *(markdown(table) for table in made)])
 
 
-def html_page(made: Sequence[Table], title: str, where: str, when: datetime) -> str:
+def html_page(made: Sequence[Table], title: str, where: str, when: datetime, ours: Sequence[Ours] = ()) -> str:
     """The page. It loads nothing, and it has no scripts."""
     return f"""<!doctype html>
 <html lang="en">
@@ -322,7 +385,7 @@ def html_page(made: Sequence[Table], title: str, where: str, when: datetime) -> 
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>Transfer · vitscale</title>
-<style>{PAGE_STYLE}{STYLE}</style>
+<style>{page.STYLE}{STYLE}</style>
 </head>
 <body>
 <main>
@@ -332,6 +395,7 @@ def html_page(made: Sequence[Table], title: str, where: str, when: datetime) -> 
 <p class="from">Read from <code>{escape(where)}</code> on
 <time datetime="{when.isoformat(timespec="seconds")}">{when:%-d %B %Y, %H:%M %Z}</time></p>
 </header>
+{"".join(_drawn(protocol, of) for protocol, of in growing(ours).items())}
 {"".join(map(html, made))}
 </main>
 </body>
@@ -350,7 +414,7 @@ class Arguments:
     sets: str = ""
     """Folder of the test sets, where they are no longer where they were when the corpus was made."""
     checkpoints: str = ""
-    """Runs, milestones or exports, with commas between them, to call the models by their names."""
+    """Runs, milestones or exports, with commas between them, that models are called by, if they have been moved."""
 
 
 def report_main(argv: list[str]) -> None:
@@ -371,13 +435,14 @@ def _report(folder: Folder, wanted: Arguments) -> None:
         raise ValueError("--sets says where the test sets of a corpus are; --corpus is missing")
     results = read(folder)
     held = contaminated(wanted.corpus, wanted.sets) if wanted.corpus else None
-    names = named(wanted.checkpoints)
-    made = tables(results, held, names)
+    models = {**described(folder), **named(wanted.checkpoints)}
+    made = tables(results, held, models)
     if not made:
         raise ValueError(f"{folder.absolute} has no result of a test yet, only of trials to choose a learning rate by")
     show(made, Console())
     target = Folder(wanted.to) if wanted.to else folder / "report"
-    print(f"report: {write(target, made, points_csv(results, held, names), headline(results), folder.absolute)}")
+    points, ours = points_csv(results, held, models), lines(results, models)
+    print(f"report: {write(target, made, points, headline(results), folder.absolute, ours)}")
 
 
 def read(folder: Folder) -> dict[str, Result]:
@@ -405,14 +470,25 @@ _NEEDED = {"trial", "accuracy", "correct", "count", "right", "also"}
 _OF_TRIAL = {"task", "data", "split", "start", "model", "protocol", "recipe", "rate", "seed"}
 
 
-def named(checkpoints: str) -> dict[str, str]:
-    """Names of models and of their architectures, by digest: the last parts of where they lie.
+def described(folder: Folder) -> dict[str, Known]:
+    """What a sweep has kept of the models in its folder, and of their architectures, by digest."""
+    inside = folder / "models"
+    files = sorted(name for name in inside.sizes() if name.endswith(".json"))
+    found: dict[str, Known] = {}
+    for file, data in zip(files, inside.ranges([(file, 0, -1) for file in files]), strict=True):
+        about = json.loads(data)
+        _tell(found, file.removesuffix(".json"), about["architecture"], about["folder"], about.get("exaflops"))
+    return found
 
-    Of a run its milestones have names too. ValueError where there is no model.
+
+def named(checkpoints: str) -> dict[str, Known]:
+    """Models and their architectures, by digest, called by the last parts of where they lie.
+
+    Of a run its milestones are told of, too. ValueError where there is no model.
     """
     from pipeline.models.weights.exported import ABOUT, find
 
-    found: dict[str, str] = {}
+    found: dict[str, Known] = {}
     for url in filter(None, checkpoints.split(",")):
         run = Folder(url)
         places = [f"milestones/{one}" for one in (run / "milestones").folders()]
@@ -420,11 +496,17 @@ def named(checkpoints: str) -> dict[str, str]:
         if not places or run.exists(f"export/{ABOUT}"):
             places.append("export" if run.exists(f"export/{ABOUT}") else "")
         for place in places:
-            model, parts = find((run / place if place else run).absolute), [*run.absolute.split("/"), *place.split("/")]
-            *_, before, last = [part for part in parts if part not in ("", "export", "milestones")]
-            found[model.digest] = f"{before} {last}" if last.startswith("step-") else last
-            found.setdefault(model.architecture, before if last.startswith("step-") else last)
+            model, where = find((run / place if place else run).absolute), f"{run.absolute}/{place}"
+            _tell(found, model.digest, model.architecture, where, model.about["metrics"].get("exaflops"))
     return found
+
+
+def _tell(found: dict[str, Known], digest: str, architecture: str, where: str, exaflops: float | None) -> None:
+    """Call a model by where it is, and an architecture by the first model of it."""
+    *_, before, last = ["", *(part for part in where.split("/") if part not in ("", "export", "milestones"))]
+    step = last.startswith("step-")
+    found[digest] = Known(f"{before} {last}" if step else last, architecture, exaflops)
+    found.setdefault(architecture, Known(before if step else last, architecture))
 
 
 def headline(results: Mapping[str, Result]) -> str:
@@ -436,9 +518,9 @@ def headline(results: Mapping[str, Result]) -> str:
     return f"{', '.join(words)}, {len(tested):,} test" + ("s" if len(tested) != 1 else "")
 
 
-def write(folder: Folder, made: Sequence[Table], points: str, title: str, where: str) -> str:
+def write(folder: Folder, made: Sequence[Table], points: str, title: str, where: str, ours: Sequence[Ours] = ()) -> str:
     """Write `report.html`, `report.md` and `report.csv`; returns the place of the page."""
     folder.write("report.csv", points.encode())
     folder.write("report.md", markdown_page(made, title).encode())
-    folder.write("report.html", html_page(made, title, where, datetime.now(UTC)).encode())
+    folder.write("report.html", html_page(made, title, where, datetime.now(UTC), ours).encode())
     return f"{folder.absolute}/report.html"

@@ -329,7 +329,7 @@ class Start:
         self.checkpoints.save(done, self.engine, also)
 
     def _milestone(self, done: int, weights: dict[str, Tensor]) -> None:
-        about = {"data_root": self.training.root, "steps": done}
+        about = self._about(done)
         export(self.folder, self.config, weights, about, f"{MILESTONES}/{name_of(done)}", self.origin)
 
     def _go_back(self, sick: Sick) -> tuple[int, dict[str, Any]]:
@@ -352,7 +352,7 @@ class Start:
             raise TakenOver
         spent, exaflops = self.ledger.account(), self._exaflops()
         self.log.add(self.steps, metrics(spent, exaflops))
-        about = {"data_root": self.training.root, "steps": self.steps, **self.meter.last}
+        about = {**self.meter.last, **self._about(self.steps)}
         export(self.folder, self.config, weights, about, origin=self.origin)
         self.notes.close(spent)
         flush(self.folder, self.log)
@@ -364,6 +364,11 @@ class Start:
             self.notes.close(self.ledger.account())
             self.log.close(STOP_SECONDS)  # what this does not send is kept, too
             self.say(f"stops after step {done:,} of {self.steps:,}, which is kept")
+
+    def _about(self, done: int) -> dict[str, Any]:
+        """What is told of weights after so many steps; their compute is that of these steps, however often made."""
+        exaflops = flops.training_exaflops(self.config.model, self.config.classes, done * self.config.batch)
+        return {"data_root": self.training.root, "steps": done, "exaflops": exaflops}
 
     def _exaflops(self) -> float:
         """Of all steps, those that were made again each time."""

@@ -1,9 +1,15 @@
-"""The results of trials in a folder: one file each, created once, under the name of the trial."""
+"""The results of trials in a folder: one file each, created once, under the name of the trial.
+
+Beside them, in `models`, stands of each model by its digest where it was and what its pretraining had cost.
+"""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.storage import Folder
+
+if TYPE_CHECKING:
+    from pipeline.models.weights.exported import Exported
 
 Result = dict[str, Any]
 """What came of a trial, as JSON has it: `trial` holds all that decided it."""
@@ -35,6 +41,13 @@ class Results:
         data = json.dumps(result, indent=1).encode()
         self.known[name] = json.loads(data) if self.folder.create(f"{name}.json", data) else self._read(name)
         return self.known[name]
+
+    def describe(self, source: "Exported") -> None:
+        """Keep what a report says of a checkpoint beside its results; who described it first, counts."""
+        told = source.about.get("metrics", {})
+        about = {"folder": source.folder.absolute, "architecture": source.architecture}
+        about |= {name: told[name] for name in ("steps", "exaflops") if name in told}
+        (self.place / "models").create(f"{source.digest}.json", json.dumps(about, indent=1).encode())
 
     def _read(self, name: str) -> Result:
         return json.loads(self.folder.read(f"{name}.json"))
