@@ -12,13 +12,13 @@ say. Runs on the Ray cluster it is submitted to, or starts a Ray on this machine
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import parse, run
+from pipeline.cli import counts, parse, run
 
 if TYPE_CHECKING:
     from pipeline.track.log import Trials
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         report_main(argv[1:])
         return
     arguments = parse(Arguments, argv)
-    numbers(arguments.processes)
+    counts(arguments.processes)
     _refuse_nonsense(arguments)
     from pipeline.track.log import Trials
     from pipeline.track.runs import check, tracking_uri
@@ -159,7 +159,7 @@ def _searched(
 
     connect()
     ((_, trials),) = wanted.choosing.items()
-    cpus, processes = max(1, int(arguments.cpus_each)), numbers(arguments.processes)
+    cpus, processes = max(1, int(arguments.cpus_each)), counts(arguments.processes)
     return search(
         Search(trials, source, data, results.place, processes, cpus, uri),
         results,
@@ -179,14 +179,6 @@ def _refuse_nonsense(arguments: Arguments) -> None:
         raise ValueError(f"a trial uses one GPU at most, not {arguments.gpus_each:g}; --processes is for larger tasks")
     if bad := [rate for rate in arguments.rates if not 0 < rate < math.inf]:
         raise ValueError(f"{bad[0]:g} is no learning rate")
-
-
-def numbers(text: str) -> list[int]:
-    """The numbers of processes that `8` or `2:8` means; ValueError, saying what would do, where it is neither."""
-    ends = text.split(":")
-    if len(ends) > 2 or not all(end.isdecimal() and int(end) for end in ends) or int(ends[0]) > int(ends[-1]):
-        raise ValueError(f"--processes is {text}: a number such as 8, or the fewest and the most, as in 2:8, is needed")
-    return list(range(int(ends[0]), int(ends[-1]) + 1))
 
 
 def _reconcile(
@@ -214,11 +206,11 @@ def _reconcile(
         told=sweep.Told(Lines(), told.add, lambda line: print(f"fine-tuning: failed: {line}", flush=True)),
         claim_seconds=arguments.claim_seconds,
         spare=Watch(resources.needed) if arguments.spare else None,
-        large=_large(numbers(arguments.processes), arguments.cpus_each, uri),
+        large=_large(counts(arguments.processes), arguments.cpus_each, uri),
     )
 
 
-def _large(processes: list[int], cpus_each: float, uri: str) -> "Large":
+def _large(processes: Sequence[int], cpus_each: float, uri: str) -> "Large":
     """Trials that are runs of their own, on so many processes, with their curves in MLflow."""
 
     def perform(trial: Any, source: str, data: str, folder: Any) -> dict[str, Any]:

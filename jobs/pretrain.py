@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.cli import parse, run
+from pipeline.cli import counts, parse, run
 from pipeline.config import Config
 from pipeline.experiments import listing, load
 from pipeline.models import flops
@@ -73,15 +73,11 @@ def allowed(config: Config, text: str) -> list[int]:
 
     ValueError, saying what would do, where there are none.
     """
-    ends = text.split(":")
-    if len(ends) > 2 or not all(end.isdecimal() for end in ends):
-        raise ValueError(f"--processes is {text}: a number such as 8, or the fewest and the most, as in 2:8, is needed")
-    least, most = int(ends[0]), int(ends[-1])
-    if least > most:
-        raise ValueError(f"--processes is {text}: the smaller number goes first, {most}:{least}")
-    if least == most:
+    wanted = counts(text)
+    *_, most = wanted
+    if len(wanted) == 1:
         config.check(most)
-    found = [number for number in range(max(1, least), most + 1) if not config.problem(number)]
+    found = [number for number in wanted if not config.problem(number)]
     if not found:
         lanes = config.data.lanes
         divisors = [number for number in range(1, lanes + 1) if lanes % number == 0]

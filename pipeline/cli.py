@@ -49,6 +49,19 @@ def parse(kind: type[Kind], argv: Sequence[str], *, default: Kind | None = None)
     return found
 
 
+def counts(text: str) -> range:
+    """The numbers of processes that `8` or `2:8` means; ValueError, saying what would do, where it means none."""
+    ends = text.split(":")
+    if len(ends) > 2 or not all(end.isdecimal() for end in ends):
+        raise ValueError(f"--processes is {text}: a number such as 8, or the fewest and the most, as in 2:8, is needed")
+    least, most = int(ends[0]), int(ends[-1])
+    if least > most:
+        raise ValueError(f"--processes is {text}: the smaller number goes first, {most}:{least}")
+    if not most:
+        raise ValueError("--processes is 0; at least 1 is needed")
+    return range(least, most + 1)
+
+
 def _unboxed(text: str) -> str:
     """What tyro says in a box of several lines, as one."""
     lines = [re.sub(r"^[\u2500-\u257f|\s]+|[\u2500-\u257f|\s]+$|[-+]{3,}", "", line) for line in text.splitlines()]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from pipeline.cli import parse, run
+from pipeline.cli import counts, parse, run
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
@@ -97,3 +97,14 @@ def test_help_of_prepare_imports_nothing_heavy_whatever_is_asked(words: list[str
     )
     assert ended.returncode == 0
     assert "--to" in ended.stdout and not {*HEAVY} & {*ended.stderr.split()}
+
+
+@pytest.mark.parametrize(("text", "found"), [("1", [1]), ("2:4", [2, 3, 4]), ("8", [8]), ("8:8", [8])])
+def test_every_number_of_processes_is_read(text: str, found: list[int]) -> None:
+    assert list(counts(text)) == found
+
+
+@pytest.mark.parametrize("text", ["0", "4:2", "many", "1:2:3", "", "-1"])
+def test_every_other_number_of_processes_is_refused_with_one_that_would_do(text: str) -> None:
+    with pytest.raises(ValueError, match=r"at least 1 is needed|as in 2:8, is needed|goes first, 2:4"):
+        counts(text)

@@ -463,17 +463,6 @@ def test_everything_that_decides_a_trial_is_a_parameter_of_its_run() -> None:
     assert sweep.metrics({**result_of(FIRST, 0.5), **also})["accuracy_real"] == 0.75
 
 
-@pytest.mark.parametrize(("text", "found"), [("1", [1]), ("2:4", [2, 3, 4]), ("8", [8])])
-def test_every_number_of_processes_is_read(text: str, found: list[int]) -> None:
-    assert job.numbers(text) == found
-
-
-@pytest.mark.parametrize("text", ["0", "4:2", "many", "1:2:3", "", "-1"])
-def test_every_other_number_of_processes_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="as in 2:8, is needed"):
-        job.numbers(text)
-
-
 # --- real actors ----------------------------------------------------------------------------------------------------
 
 
@@ -612,7 +601,7 @@ def test_every_mistake_is_told_before_a_machine_is_asked_for(place: Path, tmp_pa
         ({"rates": "-1"}, "-1 is no learning rate"),
         ({"gpus_each": "2"}, "a trial uses one GPU at most"),
         ({"cpus_each": "0"}, "more than 0 CPUs"),
-        ({"processes": "8:2"}, "as in 2:8, is needed"),
+        ({"processes": "8:2"}, "the smaller number goes first, 2:8"),
         ({"tracking_uri": "http://127.0.0.1:9"}, "no MLflow server at http://127.0.0.1:9"),
     ]
     for changes, said in mistakes:

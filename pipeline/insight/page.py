@@ -31,26 +31,30 @@ def write(report: Report, folder: str, uri: str, when: datetime) -> str:
 
 def html(report: Report, uri: str, when: datetime) -> str:
     """The page. It loads nothing: its style and its charts are inside it, and it has no scripts."""
+    sections = f"{_scaling(report)}\n{_runs(report)}\n{_transfer(report)}"
+    return page("Comparison of runs", _escaped(_headline(report)), without_password(uri), when, sections)
+
+
+def page(name: str, headline: str, where: str, when: datetime, sections: str, style: str = "") -> str:
+    """A page of this name, read from `where`; `headline` and `sections` are HTML, `style` is added to that of all."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>Comparison of runs · vitscale</title>
-<style>{STYLE}</style>
+<title>{escape(name)} · vitscale</title>
+<style>{STYLE}{style}</style>
 </head>
 <body>
 <main>
 <header>
-<p class="kind">vitscale · comparison of runs</p>
-<h1>{_escaped(_headline(report))}</h1>
-<p class="from">Read from <code>{escape(without_password(uri))}</code> on
+<p class="kind">vitscale · {escape(name.lower())}</p>
+<h1>{headline}</h1>
+<p class="from">Read from <code>{escape(where)}</code> on
 <time datetime="{when.isoformat(timespec="seconds")}">{when:%-d %B %Y, %H:%M %Z}</time></p>
 </header>
-{_scaling(report)}
-{_runs(report)}
-{_transfer(report)}
+{sections}
 </main>
 </body>
 </html>

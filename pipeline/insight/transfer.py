@@ -378,29 +378,9 @@ def markdown_page(made: Sequence[Table], title: str) -> str:
 
 def html_page(made: Sequence[Table], title: str, where: str, when: datetime, ours: Sequence[Ours] = ()) -> str:
     """The page. It loads nothing, and it has no scripts."""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Transfer · vitscale</title>
-<style>{page.STYLE}{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kind">vitscale · transfer</p>
-<h1>{escape(title)}</h1>
-<p class="from">Read from <code>{escape(where)}</code> on
-<time datetime="{when.isoformat(timespec="seconds")}">{when:%-d %B %Y, %H:%M %Z}</time></p>
-</header>
-{"".join(_drawn(protocol, of) for protocol, of in growing(ours).items())}
-{"".join(map(html, made))}
-</main>
-</body>
-</html>
-"""
+    drawn = (_drawn(protocol, of) for protocol, of in growing(ours).items())
+    sections = "".join([*drawn, *map(html, made)])
+    return page.page("Transfer", escape(title), where, when, sections, STYLE)
 
 
 @dataclass(frozen=True)
