@@ -21,6 +21,7 @@ from jobs import finetune as job
 from pipeline import large
 from pipeline.models.weights.exported import find
 from pipeline.search import REDUCTION, Rungs, Search, restorable, rungs, search, settled
+from pipeline.track.log import begin
 from pipeline.train.folder import Job, open_folder, refuse_misfits, roots_of
 from pipeline.train.run import work
 from pipeline.transfer import tasks
@@ -280,7 +281,8 @@ def go(world: World, place: str, to: str, until: int | None) -> tuple[bool, floa
     run = large.folder_of(chosen, Folder(f"{place}/{to}"))
     open_folder(config, run.absolute, roots_of(config, *refuse_misfits(config, 1)))
     count = replace(count, file=f"{large.RUNGS}/{until}.json") if until else count
-    made = Job(config, run.absolute, f"sqlite:///{place}/{to}.db", "", "tiny")
+    uri, tags = f"sqlite:///{place}/{to}.db", {"vitscale.folder": run.absolute}
+    made = Job(config, run.absolute, uri, begin(uri, "tiny", tags, {}, same="vitscale.folder"), "tiny")
     arrived = work(made, world, torch.device("cpu"), lambda line: None, ended=count, until=until)
     return arrived, json.loads(run.read(count.file))[""]["accuracy"]
 
