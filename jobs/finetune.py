@@ -107,7 +107,8 @@ def main(argv: list[str]) -> None:
     told_of = source.about.get("metrics", {})
     run = source.folder.absolute.partition("/milestones/")[0].removesuffix("/export")
     about = {"checkpoint.folder": source.folder.absolute, "checkpoint.steps": told_of.get("steps", "")}
-    told = Logged(Trials(uri, source.digest, run), about, told_of.get("exaflops"))
+    spent = {name: told_of[name] for name in ("exaflops",) if name in told_of}
+    told = Logged(Trials(uri, source.digest, run), about, spent)
     results = sweep.Results(folder)
     results.describe(source)
     try:
@@ -255,8 +256,8 @@ def line(state: "State", now: float) -> str:
 class Logged:
     """Results on their way to MLflow, for which the sweep does not wait."""
 
-    def __init__(self, trials: "Trials", checkpoint: dict[str, Any], exaflops: float | None = None) -> None:
-        self._trials, self._checkpoint, self._exaflops = trials, checkpoint, exaflops
+    def __init__(self, trials: "Trials", checkpoint: dict[str, Any], spent: dict[str, float]) -> None:
+        self._trials, self._checkpoint, self._spent = trials, checkpoint, spent
         self._coming: SimpleQueue[tuple[str, dict[str, Any]] | None] = SimpleQueue()
         self._thread = Thread(target=self._log, daemon=True, name="mlflow")
         self._thread.start()
@@ -281,8 +282,7 @@ class Logged:
             said, measured = params(result), metrics(result)
             if said["start"] == "pretrained":
                 said |= self._checkpoint  # which decides nothing, but is what people ask for
-                if self._exaflops is not None:
-                    measured["exaflops"] = self._exaflops  # of the pretraining, to draw accuracy against
+                measured |= self._spent  # by the pretraining, to draw accuracy against
             title = " ".join(str(said[key]) for key in ("task", "start", "split", "lr", "seed"))
             self._trials.add(name, title, said, measured)
 

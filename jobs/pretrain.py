@@ -74,7 +74,7 @@ def allowed(config: Config, text: str) -> list[int]:
     ValueError, saying what would do, where there are none.
     """
     wanted = counts(text)
-    *_, most = wanted
+    most = wanted[-1]
     if len(wanted) == 1:
         config.check(most)
     found = [number for number in wanted if not config.problem(number)]

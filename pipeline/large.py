@@ -215,6 +215,7 @@ def _data(recipe: Recipe, learnt: Stretch, cpus_each: int) -> Data:
     if recipe.method != "all" or recipe.training == "resmall" or (recipe.evaluation == "square" and recipe.judged < 1):
         how = f"{recipe.method}, pictures cut by {recipe.training}, {recipe.judged:g} of a {recipe.evaluation} judged"
         raise ValueError(f"this recipe is none for a run of its own ({how}): choose a protocol that trains all weights")
+    # Each lane gives two pictures of a step or more, so that no pair is of one picture twice.
     most = min(LANES, recipe.batch if recipe.repeats == 1 else max(1, recipe.batch // 2))
     lanes = next(lanes for lanes in range(most, 0, -1) if recipe.batch % lanes == 0)
     return Data(

@@ -590,6 +590,17 @@ def test_every_curve_is_of_one_task_and_one_architecture_by_compute() -> None:
     assert transfer.growing(lines(grown(), {})) == transfer.growing(lines(grown())) == {}
 
 
+def test_of_checkpoints_that_cost_the_same_a_curve_has_the_mean_and_not_the_best() -> None:
+    task, models = (
+        one("cifar10"),
+        {name * 64: Known(name, "vit", cost) for name, cost in (("a", 1), ("b", 1), ("c", 2))},
+    )
+    accuracies = zip(models, (0.5, 0.7, 0.8), strict=True)
+    results = numbered(*(result(task, accuracy, model=model) for model, accuracy in accuracies))
+    ((curve,),) = transfer.growing(lines(results, models)).values()
+    assert [point.accuracy for point in curve.curve] == pytest.approx([0.6, 0.8])
+
+
 def test_the_compute_of_ours_stands_beside_the_papers_in_three_digits() -> None:
     results = grown()
     made = titled(transfer.tables(results, None, GROWN), "by size")
@@ -628,12 +639,17 @@ def test_every_mistake_is_answered_in_one_line(folder: Path, tmp_path: Path) -> 
         (choosing, json.dumps(result(one("digits"), 0.5, split="dev")).encode()),
     ):
         Folder(str(place)).write("results/ab.json", data)
+    for name, data in (("half", b"{"), ("older", b"{}")):
+        shutil.copytree(folder / "results", tmp_path / name / "results")
+        Folder(str(tmp_path / name)).write("models/cd.json", data)
     for words, answer in (
         ([], "report takes the folder of the results first"),
         ([str(tmp_path / "none")], "has no results; python jobs/finetune.py"),
         ([str(damaged)], "ab.json is damaged"),
         ([str(old)], "it is no result of this version"),
         ([str(choosing)], "has no result of a test yet"),
+        ([str(tmp_path / "half")], "models/cd.json is damaged"),
+        ([str(tmp_path / "older")], "models/cd.json has no 'architecture': it is no model of this version"),
         ([str(folder), "--sets", "x"], "--corpus is missing"),
         ([str(folder), "--corpus", "/nowhere"], "there is no shard set at /nowhere"),
         ([str(folder), "--checkpoints", "/nowhere"], "/nowhere holds no"),

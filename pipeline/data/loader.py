@@ -29,7 +29,7 @@ from pipeline.data.cache import HOME, Cache, Verified
 from pipeline.data.corpus import Corpus
 from pipeline.data.decode import cut_from
 from pipeline.data.image import Crops, central_crops, placed_crops, random_crops
-from pipeline.data.plan import Mixture, Order, Picks, Repeated, needed, order, part_of_step
+from pipeline.data.plan import AnyOrder, Picks, needed, order, part_of_step
 from pipeline.data.read import Reader, Rows, at
 from pipeline.data.refused import Refused
 from pipeline.world import World
@@ -164,7 +164,7 @@ class Feed:
         places = ((step, first) for step in range(start, steps) for first in range(0, share, micro))
         return self._in_order(partial(one, *place) for place in places)
 
-    def _prepare_ahead(self, order: Order | Mixture | Repeated, lanes: range, position: int) -> Ahead:
+    def _prepare_ahead(self, order: AnyOrder, lanes: range, position: int) -> Ahead:
         """Begin to make the shards ready that the lanes will need."""
         data, cache, world = self.config.data, self.cache, self.world
         room = cache.limit / world.local if cache else float("inf")
@@ -303,7 +303,7 @@ def whole(width: NDArray[np.int64], height: NDArray[np.int64]) -> Crops:
     return Crops(nothing, nothing, width, height, np.zeros(len(width), np.bool_))
 
 
-def order_of(corpus: Corpus, config: Config) -> Order | Mixture | Repeated:
+def order_of(corpus: Corpus, config: Config) -> AnyOrder:
     """The order in which a run goes through a corpus; ValueError where its lanes or weights do not fit."""
     data, repeats = config.data, config.augment.repeats
     return order(corpus.parts, data.weights, lanes=data.lanes, window=data.window, seed=config.seed, repeats=repeats)

@@ -176,7 +176,7 @@ class Repeated:
     has come `times` times.
     """
 
-    once: "Order | Mixture"
+    once: Order | Mixture
     times: int
 
     @property
@@ -208,13 +208,16 @@ class Repeated:
         return Need(start, end, need.shards)
 
 
-def stretch(order: "Order | Mixture | Repeated", lanes: range, start: int, count: int) -> Picks:
+AnyOrder = Order | Mixture | Repeated
+
+
+def stretch(order: AnyOrder, lanes: range, start: int, count: int) -> Picks:
     """For every one of `lanes`, its pictures from position `start` of its endless stream, `count` of them."""
     lane = np.repeat(np.arange(lanes.start, lanes.stop, dtype=np.int64), count)
     return order.at(lane, np.tile(np.arange(start, start + count, dtype=np.int64), len(lanes)))
 
 
-def part_of_step(order: Order | Mixture | Repeated, step: int, batch: int, first: int, count: int) -> Picks:
+def part_of_step(order: AnyOrder, step: int, batch: int, first: int, count: int) -> Picks:
     """Pictures `first` to `first + count` of the `batch` pictures of a step, which lie lane by lane."""
     each = batch // order.lanes
     lanes = range(first // each, -(-(first + count) // each))
@@ -224,7 +227,7 @@ def part_of_step(order: Order | Mixture | Repeated, step: int, batch: int, first
 
 def order(
     parts: Sequence[tuple[int, ...]], weights: Sequence[float], *, lanes: int, window: int, seed: int, repeats: int = 1
-) -> Order | Mixture | Repeated:
+) -> AnyOrder:
     """The order of several sets, the shards of each of which hold so many pictures.
 
     Without weights they are one corpus, each picture of which comes once an epoch. With weights the share of each set
@@ -267,7 +270,7 @@ def _allotted(weights: Sequence[float], lanes: int) -> list[int]:
     return shares
 
 
-def needed(order: Order | Mixture | Repeated, lanes: range, position: int) -> Iterator[Need]:
+def needed(order: AnyOrder, lanes: range, position: int) -> Iterator[Need]:
     """What the lanes read from `position` of their streams on, in the order of the first need, without an end."""
     ahead = [(position, lane) for lane in order.reads(lanes)]
     heapify(ahead)

@@ -82,14 +82,7 @@ def _scaling(report: Report) -> str:
         return ""
     said = "".join(f"<p>{_escaped(sentence)}</p>" for sentence in words.findings(report))
     names = ", ".join(run.name for run in report.runs if run.end)
-    drawn = figure(
-        [
-            charts.svg(charts.scaling(report, charts.PAGE, WIDE, 400)),
-            charts.svg(charts.scaling(report, charts.PAGE, NARROW, 300)),
-        ],
-        f"Line chart of validation accuracy against training compute for {names}",
-        _legend(report),
-    )
+    drawn = curves(report, f"Line chart of validation accuracy against training compute for {names}", _legend(report))
     return f"<section><h2>Accuracy against training compute</h2>{drawn}{said}</section>"
 
 
@@ -116,7 +109,7 @@ def _transfer(report: Report) -> str:
         return ""
     drawn = ""
     if any(t.pretrained and t.scratch for t in report.transfers):
-        drawn = figure(
+        drawn = _figure(
             [
                 charts.svg(charts.transfer(report, charts.PAGE, WIDE)),
                 charts.svg(charts.transfer(report, charts.PAGE, NARROW - 20)),
@@ -135,7 +128,14 @@ The margin is in points, with its standard error; ahead means by more than two o
 and of scratch, were chosen without the test set.</p></section>"""
 
 
-def figure(drawings: Sequence[str], label: str, caption: str) -> str:
+def curves(report: Report, label: str, caption: str, *, judged: str = "validation accuracy") -> str:
+    """The runs of a report, by their compute, as a figure."""
+    sizes = ((WIDE, 400), (NARROW, 300))
+    drawings = [charts.svg(charts.scaling(report, charts.PAGE, *size, judged=judged)) for size in sizes]
+    return _figure(drawings, label, caption)
+
+
+def _figure(drawings: Sequence[str], label: str, caption: str) -> str:
     """A chart in two widths, of which a page shows the one that fits, with its caption."""
     wide, narrow = (_inline(drawing, label) for drawing in drawings)
     return f"""<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div>

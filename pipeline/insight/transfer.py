@@ -7,14 +7,16 @@ leaves out what the corpus holds, and `published.py` has what others reached.
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from math import floor, log10
+from statistics import fmean
+from typing import Any
 
 from pipeline.cli import parse
-from pipeline.insight import charts, page, words
+from pipeline.insight import page, words
 from pipeline.insight.clean import Held, clean, contaminated
 from pipeline.insight.published import (
     AUGREGS,
@@ -270,10 +272,11 @@ _DRAWN = 8
 def growing(ours: Sequence[Ours]) -> dict[str, tuple[Pretraining, ...]]:
     """By protocol, a curve for each task, of checkpoints of one architecture by the compute of their pretraining.
 
-    There are curves where an architecture was judged after two or more amounts of compute. Tasks of VTAB-1k are there
+    There are curves where an architecture was judged after two or more amounts of compute; of checkpoints that cost the
+    same a curve has the mean, since the test set chooses nothing. Tasks of VTAB-1k are there
     as its mean and those of its groups.
     """
-    reached: dict[str, dict[tuple[str, str], dict[float, float]]] = {}
+    reached: dict[str, dict[tuple[str, str], dict[float, list[float]]]] = {}
     for line in ours:
         if not (line.known and line.known.exaflops):
             continue
@@ -281,12 +284,12 @@ def growing(ours: Sequence[Ours]) -> dict[str, tuple[Pretraining, ...]]:
             if column not in VTAB:
                 curves = reached.setdefault(line.protocol, {})
                 points = curves.setdefault((line.known.architecture, column), {})
-                points[line.known.exaflops] = max(one.mean / 100, points.get(line.known.exaflops, 0.0))
+                points.setdefault(line.known.exaflops, []).append(one.mean / 100)
     found = {protocol: _curves(of) for protocol, of in sorted(reached.items())}
     return {protocol: curves for protocol, curves in found.items() if curves}
 
 
-def _curves(reached: Mapping[tuple[str, str], Mapping[float, float]]) -> tuple[Pretraining, ...]:
+def _curves(reached: Mapping[tuple[str, str], Mapping[float, Sequence[float]]]) -> tuple[Pretraining, ...]:
     """The first few of those that have a length."""
     long = {key: points for key, points in sorted(reached.items()) if len(points) > 1}
     several = len({architecture for architecture, _ in long}) > 1
@@ -300,7 +303,7 @@ def _curves(reached: Mapping[tuple[str, str], Mapping[float, float]]) -> tuple[P
             hours=None,
             pictures_per_second=None,
             mfu=None,
-            curve=tuple(Validation(0, exaflops, accuracy) for exaflops, accuracy in sorted(points.items())),
+            curve=tuple(Validation(0, exaflops, fmean(found)) for exaflops, found in sorted(points.items())),
         )
         for (architecture, column), points in list(long.items())[:_DRAWN]
     )
@@ -308,14 +311,12 @@ def _curves(reached: Mapping[tuple[str, str], Mapping[float, float]]) -> tuple[P
 
 def _drawn(protocol: str, curves: tuple[Pretraining, ...]) -> str:
     """The chart as a section of the page."""
-    report = Report(curves, (), None, 0)
-    figure = page.figure(
-        [
-            charts.svg(charts.scaling(report, charts.PAGE, wide, height, judged="test accuracy"))
-            for wide, height in ((page.WIDE, 400), (page.NARROW, 300))
-        ],
+    figure = page.curves(
+        Report(curves, (), None, 0),
         f"Line chart of test accuracy against the compute of pretraining for {', '.join(run.name for run in curves)}",
-        "Each line is a task, each dot a checkpoint: the mean over the seeds. The scale is logarithmic in the error.",
+        "Each line is a task, each dot a checkpoint: the mean over the seeds, and over checkpoints that cost the same. "
+        "The scale is logarithmic in the error.",
+        judged="test accuracy",
     )
     return f"<section><h2>Accuracy against the compute of pretraining, {escape(protocol)}</h2>{figure}</section>"
 
@@ -427,22 +428,11 @@ def _report(folder: Folder, wanted: Arguments) -> None:
 
 def read(folder: Folder) -> dict[str, Result]:
     """The results in the folder of a sweep, by trial; ValueError where there are none, or one is no result."""
-    inside = folder / "results"
-    files = sorted(name for name in inside.sizes() if name.endswith(".json"))
-    if not files:
+    found = _kept(folder / "results", "result", lambda one: _NEEDED - one.keys() or _OF_TRIAL - one["trial"].keys())
+    if not found:
         raise ValueError(
-            f"{inside.absolute} has no results; python jobs/finetune.py … --to {folder.absolute} makes them"
+            f"{folder.absolute}/results has no results; python jobs/finetune.py … --to {folder.absolute} makes them"
         )
-    found: dict[str, Result] = {}
-    for file, data in zip(files, inside.ranges([(file, 0, -1) for file in files]), strict=True):
-        try:
-            result = json.loads(data)
-            absent = _NEEDED - result.keys() or _OF_TRIAL - result["trial"].keys()
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise ValueError(f"{inside.absolute}/{file} is damaged: {error}") from error
-        if absent:
-            raise ValueError(f"{inside.absolute}/{file} has no {min(absent)!r}: it is no result of this version")
-        found[file.removesuffix(".json")] = result
     return found
 
 
@@ -452,12 +442,25 @@ _OF_TRIAL = {"task", "data", "split", "start", "model", "protocol", "recipe", "r
 
 def described(folder: Folder) -> dict[str, Known]:
     """What a sweep has kept of the models in its folder, and of their architectures, by digest."""
-    inside = folder / "models"
-    files = sorted(name for name in inside.sizes() if name.endswith(".json"))
     found: dict[str, Known] = {}
+    for digest, about in _kept(folder / "models", "model", lambda one: {"folder", "architecture"} - one.keys()).items():
+        _tell(found, digest, about["architecture"], about["folder"], about.get("exaflops"))
+    return found
+
+
+def _kept(inside: Folder, what: str, missing: Callable[[Any], set[str]]) -> dict[str, Any]:
+    """The JSON files of a folder, by name; ValueError where one is damaged, or something is missing in it."""
+    files = sorted(name for name in inside.sizes() if name.endswith(".json"))
+    found: dict[str, Any] = {}
     for file, data in zip(files, inside.ranges([(file, 0, -1) for file in files]), strict=True):
-        about = json.loads(data)
-        _tell(found, file.removesuffix(".json"), about["architecture"], about["folder"], about.get("exaflops"))
+        try:
+            one = json.loads(data)
+            absent = missing(one)
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise ValueError(f"{inside.absolute}/{file} is damaged: {error}") from error
+        if absent:
+            raise ValueError(f"{inside.absolute}/{file} has no {min(absent)!r}: it is no {what} of this version")
+        found[file.removesuffix(".json")] = one
     return found
 
 

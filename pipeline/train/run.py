@@ -320,7 +320,8 @@ class Start:
         """Begin to write a checkpoint."""
         kept = {"health": health.state(), "ledger": self.ledger.account().to_dict(), "last": self.meter.last}
         if self.log and 0 < done < self.steps:
-            self.log.add(done, metrics(self.ledger.account(), self._exaflops()))
+            spent = self.ledger.account()
+            self.log.add(done, metrics(spent, self._exaflops(spent.steps)))
 
         def also() -> dict[str, Any]:
             # Asked while training goes on: what was logged after this step, the next start will log itself.
@@ -350,7 +351,8 @@ class Start:
             return
         if not owns(self.folder, self.attempt):
             raise TakenOver
-        spent, exaflops = self.ledger.account(), self._exaflops()
+        spent = self.ledger.account()
+        exaflops = self._exaflops(spent.steps)  # of all steps, those that were made again each time
         self.log.add(self.steps, metrics(spent, exaflops))
         about = {**self.meter.last, **self._about(self.steps)}
         export(self.folder, self.config, weights, about, origin=self.origin)
@@ -367,13 +369,10 @@ class Start:
 
     def _about(self, done: int) -> dict[str, Any]:
         """What is told of weights after so many steps; their compute is that of these steps, however often made."""
-        exaflops = flops.training_exaflops(self.config.model, self.config.classes, done * self.config.batch)
-        return {"data_root": self.training.root, "steps": done, "exaflops": exaflops}
+        return {"data_root": self.training.root, "steps": done, "exaflops": self._exaflops(done)}
 
-    def _exaflops(self) -> float:
-        """Of all steps, those that were made again each time."""
-        pictures = self.ledger.account().steps * self.config.batch
-        return flops.training_exaflops(self.config.model, self.config.classes, pictures)
+    def _exaflops(self, steps: int) -> float:
+        return flops.training_exaflops(self.config.model, self.config.classes, steps * self.config.batch)
 
     def close(self) -> None:
         """Stop the threads."""
