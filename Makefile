@@ -1,8 +1,12 @@
 # Everything a newcomer needs: `make demo` shows the whole chain, `make test` checks all there is.
 PYTHON ?= python3
 BIN := .venv/bin
+STAGE := infra/stage.sh
+# More than there are cores: tests wait for processes that start, are killed, and are missed.
+WORKERS ?= 4
+TESTS := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo test venv lint types headers pictures browser benchmarks clean
+.PHONY: demo test check soak venv lint types headers pictures browser benchmarks clean
 
 # The whole chain on real pictures, as Ray jobs on this machine; goes on where it was.
 demo: venv pictures
@@ -10,7 +14,16 @@ demo: venv pictures
 
 # Environment, lint, types and every test.
 test: lint types pictures browser
-	$(BIN)/python -m pytest
+	@$(STAGE) tests "$(TESTS)"
+
+# What an edit is checked by: lint, types and the tests that take no more than a moment each.
+check: lint types
+	@$(STAGE) "fast tests" "$(TESTS) -m 'not slow'"
+
+# The long versions: more kills, restarts and damaged inputs; then faults planted in the product, which tests must catch.
+soak: venv pictures browser
+	@$(STAGE) "long tests" "VITSCALE_SOAK=1 $(TESTS) -m soak --durations=0"
+	@$(STAGE) "planted faults" "$(BIN)/python tests/faults_planted/run.py"
 
 venv: .venv/installed
 
@@ -23,11 +36,10 @@ venv: .venv/installed
 	touch $@
 
 lint: venv
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	@$(STAGE) lint "$(BIN)/ruff check && $(BIN)/ruff format --check"
 
 types: venv
-	$(BIN)/pyright
+	@$(STAGE) types "$(BIN)/pyright"
 
 # libjpeg-turbo's, for the kernel that decodes no more of a picture than its crop; without them others do it, slower.
 headers:

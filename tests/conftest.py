@@ -6,16 +6,21 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pytest
 
+from tests.rings import SOAK
+
 if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
     from tests.faults import Faults
 
 PORTS = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
@@ -24,6 +29,43 @@ FILER = ("filer.port", "filer.port.grpc")
 # A Ray started by one test asks for its token in all that follow: every test has the same one, whichever goes first
 # and whatever home its processes have.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home() -> Iterator[None]:
+    """A home of this session's own: nothing of the user's is read or written, and no two workers share one."""
+    with tempfile.TemporaryDirectory(prefix="vitscale-home-", ignore_cleanup_errors=True) as folder:
+        os.environ["HOME"] = folder
+        yield
+
+
+# --- the order in which several workers take the tests --------------------------------------------------------------
+
+SEPARABLE = {"test_survival.py", "test_drain.py", "test_elastic.py", "test_families.py", "test_demo.py"}
+"""Files whose slow tests share no fixture of their module, so that several workers may run them at once."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have a worker run a file as a whole, for its fixtures' sake, but for those that are SEPARABLE."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return nodeid if Path(file).name in SEPARABLE else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items if SOAK else ():
+        item.add_marker(pytest.mark.timeout(3600), append=False)
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +82,24 @@ def local_ray() -> Iterator[None]:
     cluster.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_of_nodes() -> Iterator["Cluster"]:
+    """A Ray of this session's own with a head that has no CPUs, so that all work is on the nodes that tests add."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def cluster(ray_of_nodes: "Cluster") -> Iterator["Cluster"]:
+    """That Ray, whose nodes are gone after the test."""
+    yield ray_of_nodes
+    for node in list(ray_of_nodes.worker_nodes):
+        ray_of_nodes.remove_node(node, allow_graceful=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
-"""A few processes that stay and do, all together, one thing after another: what takes long is to start them."""
+"""Processes of a run, without the seconds that each takes to import torch and DeepSpeed: all are forked from one."""
 
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,21 @@ import torch.multiprocessing as mp
 
 from pipeline.world import World
 
+_FORKED = mp.get_context("forkserver")
+_FORKED.set_forkserver_preload(["tests.preloaded"])
+
 
 class Gang:
-    """Processes that reach each other by gloo."""
+    """Processes that stay, reach each other by gloo, and do, all together, one thing after another."""
 
     def __init__(self, size: int) -> None:
         self.size, self._aside = size, tempfile.TemporaryDirectory()
-        context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
+            ours, theirs = _FORKED.Pipe()
             place = f"file://{Path(self._aside.name) / 'meeting'}"
-            process = context.Process(target=_serve, args=(rank, size, place, theirs), daemon=True)
+            process = _FORKED.Process(target=_serve, args=(rank, size, place, theirs), daemon=True)
             process.start()
             theirs.close()  # so that reading ends if the process does
             self._pipes.append(ours)
@@ -49,11 +53,65 @@ class Gang:
         self._aside.cleanup()
 
 
-def _serve(rank: int, size: int, place: str, pipe: Connection) -> None:
+def run_ranks(function: Callable[..., Any], *given: Any, size: int, seconds: float = 200.0) -> tuple[int, str]:
+    """Call `function(world, *given)` in new processes, all of which are killed as soon as one has failed.
+
+    Returns the exit code of the first that has failed, 0 if none has, and what all have printed.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        place, output = f"file://{aside}/meeting", Path(aside) / "output"
+        processes = [
+            _FORKED.Process(target=_play, args=(rank, size, place, str(output), dict(os.environ), function, given))
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            code = _first_failure(processes, time.monotonic() + seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return code, output.read_text() if output.exists() else ""
+
+
+def _first_failure(processes: list[BaseProcess], limit: float) -> int:
+    while time.monotonic() < limit:
+        codes = [process.exitcode for process in processes]
+        if failed := [code for code in codes if code]:
+            return failed[0]
+        if None not in codes:
+            return 0
+        time.sleep(0.01)
+    raise TimeoutError("the processes did not end in time")
+
+
+def _play(
+    rank: int,
+    size: int,
+    place: str,
+    output: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    given: tuple[Any, ...],
+) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= environment
+    _join(rank, size, place)
+    function(World(rank, size), *given)
+
+
+def _join(rank: int, size: int, place: str) -> None:
     torch.set_num_threads(1)
-    torch.multiprocessing.set_sharing_strategy("file_system")
     os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed insists
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size)
+
+
+def _serve(rank: int, size: int, place: str, pipe: Connection) -> None:
+    mp.set_sharing_strategy("file_system")
+    _join(rank, size, place)
     while True:
         try:
             function, given = pipe.recv()

@@ -1,34 +1,44 @@
-"""One process of a small run, for torchrun: `python -m tests.process FOLDER URI MLFLOW_RUN [KILL_AT]`.
-
-The run is the one that the folder's config.json describes. With KILL_AT, process 0 kills itself with SIGKILL after
-that step, when a checkpoint due before it is complete.
-"""
+"""What each process of a small run does: the run that its folder's config.json describes."""
 
 import json
 import os
 import signal
-import sys
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pipeline.config import from_dict
+from pipeline.track import log
 from pipeline.train import run
 from pipeline.train.checkpoint import complete
-from pipeline.train.folder import CONFIG, Job
+from pipeline.train.folder import ABOUT, CONFIG, Job, open_folder
 from pipeline.world import World
 from shards.storage import Folder
+from tests.gang import run_ranks
 
 
-def main() -> None:
-    folder, uri, mlflow_run, *kill_at = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world = World(dist.get_rank(), dist.get_world_size())
+def repeat_undisturbed(disturbed: Folder, to: Path, uri: str, *, processes: int, **changes: Any) -> Folder:
+    """The same run once more, in the folder `to` and by forked processes, which nothing happens to."""
+    config = replace(from_dict(json.loads(disturbed.read(CONFIG))), **changes)
+    open_folder(config, str(to), json.loads(disturbed.read(ABOUT))["data"])
+    tags = {"vitscale.folder": str(to), "vitscale.run": to.name}
+    mlflow_run = log.begin(uri, to.name, tags, {}, same="vitscale.folder")
+    code, output = run_ranks(play, str(to), uri, mlflow_run, None, size=processes)
+    assert code == 0, output
+    return Folder(str(to))
+
+
+def play(world: World, folder: str, uri: str, mlflow_run: str, kill_at: int | None) -> None:
+    """Train to the end; or, with `kill_at`, let process 0 kill itself after that step.
+
+    It waits first for a checkpoint that is due before that step.
+    """
     config = from_dict(json.loads(Folder(folder).read(CONFIG)))
-    if kill_at and world.first:
-        kill_after(int(kill_at[0]), Folder(folder), config.save_every)
+    if kill_at is not None and world.first:
+        kill_after(kill_at, Folder(folder), config.save_every)
     run.work(Job(config, folder, uri, mlflow_run, "tiny"), world, torch.device("cpu"), print)
 
 
@@ -44,7 +54,3 @@ def kill_after(step: int, folder: Folder, save_every: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     run.Meter.log = deadly  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    main()

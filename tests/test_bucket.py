@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load
 
+from pipeline.config import from_dict
 from pipeline.train.checkpoint import complete
+from pipeline.train.folder import CONFIG
 from shards.storage import Folder
 from tests import tiny
+from tests.process import repeat_undisturbed
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -43,8 +47,10 @@ def test_a_run_in_a_bucket_ends_as_if_it_had_been_in_a_folder(s3: str, tmp_path:
 
     pretrain(f"{s3}/set", f"{s3}/runs")
     assert "demo is finished" in pretrain(f"{s3}/set", f"{s3}/runs")
-    pretrain(str(local), str(tmp_path / "runs"))
-    there, here = Folder(f"{s3}/runs/demo"), Folder(str(tmp_path / "runs/demo"))
+    there, uri = Folder(f"{s3}/runs/demo"), f"sqlite:///{tmp_path}/ml.db"
+    data = from_dict(json.loads(there.read(CONFIG))).data
+    data = replace(data, shards=str(local), validation=str(local))
+    here = repeat_undisturbed(there, tmp_path / "runs/demo", uri, processes=1, data=data)
     assert complete(there) == complete(here) == [8, 10]
     about = [json.loads(folder.read("export/model.json")) for folder in (there, here)]
     assert about[0]["digest"] == about[1]["digest"] and about[0]["metrics"] == about[1]["metrics"]

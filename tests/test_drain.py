@@ -18,9 +18,8 @@ from ray.cluster_utils import Cluster
 
 from infra.preemption import Metadata
 from tests import tiny
-from tests.test_elastic import Elastic, cluster, losses
+from tests.test_elastic import Elastic, losses
 
-__all__ = ["cluster"]
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(600)
 

@@ -18,9 +18,7 @@ from pipeline.train.folder import Job
 from pipeline.train.objective import Objective
 from pipeline.world import World
 from shards.storage import Folder
-from tests.test_elastic import cluster
 
-__all__ = ["cluster"]
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(600)
 

@@ -4,7 +4,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 from jobs.pretrain import allowed, changes_of
 from pipeline.launch import largest
 from tests import tiny
+from tests.process import repeat_undisturbed
 from tests.test_launch import Driver
 
 pytestmark = pytest.mark.timeout(600)
@@ -51,13 +52,6 @@ def test_every_change_is_a_field_and_a_number() -> None:
 
 
 # --- nodes that come and go -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    yield made
-    made.shutdown()
 
 
 class Elastic(Driver):
@@ -142,7 +136,7 @@ def test_a_run_goes_on_with_fewer_processes_and_with_more_as_if_they_had_always_
     disturbed = losses(tmp_path, "elastic")
     steps = max(disturbed)
     assert sorted(disturbed) == list(range(1, steps + 1))
-    quiet = Elastic(tmp_path, "quiet", cluster, processes=1, duration=steps / 2)  # of 32 pictures
-    quiet.wait_for("quiet: .* steps; ")
+    half = steps / 2  # epochs of 32 pictures
+    repeat_undisturbed(driver.run, tmp_path / "quiet", store(tmp_path), processes=1, duration=half)
     undisturbed = losses(tmp_path, "quiet")
     assert all(abs(undisturbed[step] - disturbed[step]) < 1e-5 for step in disturbed)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from jobs import pretrain as job
@@ -66,13 +67,19 @@ def words(place: Path, name: str, **changes: object) -> list[str]:
 
 
 class Driver:
-    """`python jobs/pretrain.py`, which starts a Ray of its own unless a cluster is named; its home is the place."""
+    """`python jobs/pretrain.py`, which starts a Ray of its own unless a cluster is named; its home is the place.
+
+    On a cluster, whose nodes are children of the test, its MLflow is where it would be without one.
+    """
 
     def __init__(self, place: Path, name: str, cluster: str = "", **changes: object) -> None:
         self.run = Folder(str(changes.get("to", place / "runs"))) / name
         self.folder = Path(self.run.url)
         left = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", *(() if cluster else ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")))
         kept = {k: v for k, v in os.environ.items() if k not in left}
+        self._cluster = cluster
+        if cluster:
+            changes = {"tracking_uri": mlflow_at(place), **changes}
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / "pretrain.py"), *words(place, name, **changes)],
             env={**kept, "HOME": str(place), **({"RAY_ADDRESS": cluster} if cluster else {})},
@@ -85,7 +92,7 @@ class Driver:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of the run."""
-        return family(self._process.pid, "TrainWorker")
+        return family(None if self._cluster else self._process.pid, "TrainWorker")
 
     def wait_for_checkpoint(self, after: int = 0) -> None:
         """Return when there is a complete checkpoint of a later step."""
@@ -136,6 +143,11 @@ class Driver:
         return wrong if code else said
 
 
+def mlflow_at(place: Path) -> str:
+    """Where a run on a laptop puts it."""
+    return f"sqlite:///{place}/.local/share/vitscale/mlflow.db"
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "export" / "model.safetensors")
 
@@ -146,13 +158,20 @@ def as_if(ours: Path, theirs: Path) -> bool:
 
 
 def logged(place: Path, name: str, status: str = "FINISHED") -> list[int]:
-    """Steps at which the run has a loss in MLflow, which is where a run on a laptop puts it."""
-    client = MlflowClient(f"sqlite:///{place}/.local/share/vitscale/mlflow.db")
+    """Steps at which the run has a loss in MLflow."""
+    client = MlflowClient(mlflow_at(place))
     experiment = client.get_experiment_by_name("vitscale")
     assert experiment
     (only,) = client.search_runs([experiment.experiment_id], f"tags.`vitscale.run` = '{name}'")
     assert only.info.status == status
     return sorted(metric.step for metric in client.get_metric_history(only.info.run_id, "loss"))
+
+
+@pytest.fixture
+def address(cluster: Cluster) -> str:
+    """A Ray with room for a run of two processes."""
+    cluster.add_node(num_cpus=2)
+    return str(cluster.address)
 
 
 EVERY_LINE = list(range(2, STEPS + 1, 2))  # an epoch, which ends a line, is two steps
@@ -170,8 +189,10 @@ def quiet(place: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_is_killed_goes_on_by_itself_as_if_nothing_had_happened(place: Path, quiet: Path) -> None:
-    driver = Driver(place, "worker-killed")
+def test_a_run_whose_process_is_killed_goes_on_by_itself_as_if_nothing_had_happened(
+    place: Path, quiet: Path, address: str
+) -> None:
+    driver = Driver(place, "worker-killed", address)
     driver.wait_for_checkpoint(after=20)
     driver.workers()[1].kill()
     said = driver.end()
@@ -182,23 +203,25 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself_as_if_nothing_had_happe
 
 @pytest.mark.slow
 def test_a_run_whose_driver_is_killed_goes_on_when_it_is_started_again_as_if_nothing_had_happened(
-    place: Path, quiet: Path
+    place: Path, quiet: Path, address: str
 ) -> None:
-    driver = Driver(place, "driver-killed")
+    driver = Driver(place, "driver-killed", address)
     driver.wait_for_checkpoint(after=20)
     driver.kill_with_workers()
     assert not (driver.folder / "export").exists()
-    again = Driver(place, "driver-killed")
+    again = Driver(place, "driver-killed", address)
     assert "driver-killed: goes on after step" in again.end()
     assert as_if(again.folder, quiet)
     assert logged(place, "driver-killed") == EVERY_LINE
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_end_saves_first_and_goes_on_from_there_whoever_is_told(place: Path) -> None:
+def test_a_run_that_is_told_to_end_saves_first_and_goes_on_from_there_whoever_is_told(
+    place: Path, address: str
+) -> None:
     # No checkpoint is due, and no failure is forgiven: to be told in time is none.
     endless = {"duration": 10**6, "save_every": 10**6, "max_failures": 0}
-    driver = Driver(place, "told", **endless)
+    driver = Driver(place, "told", address, **endless)
     begun = driver.wait_for_start()
     driver.workers()[1].terminate()
     driver.wait_for_start(but=begun)
@@ -207,7 +230,7 @@ def test_a_run_that_is_told_to_end_saves_first_and_goes_on_from_there_whoever_is
     assert "stopped" in driver.end(130)
     second = complete(Folder(str(driver.folder)))[-1]
     assert second > first > 0
-    again = Driver(place, "told", **endless)
+    again = Driver(place, "told", address, **endless)
     again.wait_for_start(but=driver.started())
     again.tell(signal.SIGINT)
     again.end(130)
@@ -289,8 +312,7 @@ def test_nothing_of_a_run_outlives_its_driver(place: Path) -> None:
 @pytest.mark.slow
 def test_a_finished_run_says_so_without_a_ray(place: Path, quiet: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in quiet.rglob("*")}
-    uri = f"sqlite:///{place}/.local/share/vitscale/mlflow.db"
-    driver = Driver(place, "quiet", cluster="127.0.0.1:1", tracking_uri=uri)  # where no Ray is
+    driver = Driver(place, "quiet", cluster="127.0.0.1:1")  # where no Ray is
     assert driver.end() == f"quiet is finished: {STEPS} steps; {quiet}/export\n"
     assert {path: path.stat().st_mtime_ns for path in quiet.rglob("*") if path != quiet} == {
         path: when for path, when in before.items() if path != quiet
@@ -311,16 +333,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_is_named_and_the_last_complete_checkpoint_stays_usable(
-    place: Path, quiet: Path, small_disk: Path
+    place: Path, quiet: Path, small_disk: Path, address: str
 ) -> None:
-    driver = Driver(place, "full", to=small_disk, max_failures=0)
+    driver = Driver(place, "full", address, to=small_disk, max_failures=0)
     driver.wait_for_checkpoint(after=20)
     fill(small_disk / "somebody else's")
     said = driver.end(2).splitlines()[-1]  # after what Ray itself had to say
     assert re.fullmatch(rf"error: .*No space left on device.*{small_disk}/full.*", said), said
     usable = complete(Folder(str(driver.folder)))[-1]
     (small_disk / "somebody else's").unlink()
-    again = Driver(place, "full", to=small_disk)
+    again = Driver(place, "full", address, to=small_disk)
     assert f"full: goes on after step {usable} of {STEPS}\n" in again.end()
     assert as_if(again.folder, quiet)
 
@@ -394,7 +416,7 @@ def test_every_mistake_is_answered_by_a_line_before_a_machine_is_asked_for(
 def test_a_folder_of_another_run_is_refused_naming_every_field_that_differs(
     place: Path, quiet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/.local/share/vitscale/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_at(place))
     said = mistake(words(place, "quiet", seed=5, optim__lr=0.5), capsys)
     assert f"{quiet} holds another run; these fields differ: optim.lr: 0.5 != 0.004; seed: 5 != 0" in said
     left = place / "runs" / "unfinished"
@@ -409,7 +431,7 @@ def test_a_folder_of_another_run_is_refused_naming_every_field_that_differs(
 def test_more_processes_than_the_cluster_has_room_for_are_refused_saying_what_there_is(
     place: Path, local_ray: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/.local/share/vitscale/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_at(place))
     said = mistake(words(place, "wide", processes=8, cpus_each=3), capsys)
     assert "wide on 8 processes needs 24 CPU; the cluster has 4 CPU" in said
     assert not (place / "runs" / "wide" / "config.json").exists()

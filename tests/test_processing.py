@@ -13,6 +13,7 @@ from PIL import Image
 from shards import area
 from shards.header import Header, header
 from shards.image import KEEP, MOST_PIXELS, Look, Processing, Refused, look, process
+from tests.rings import count
 
 pytestmark = pytest.mark.timeout(60)
 WIDTH, HEIGHT = 90, 60
@@ -216,15 +217,17 @@ def test_scaling_up_is_refused_by_the_compiled_function() -> None:
         area.vitscale_area.shrink(bytes(12), bytearray(48), 2, 2, 3, 4, 4)  # type: ignore[union-attr]
 
 
+@pytest.mark.soak
 @given(data=some.binary(max_size=300), start=some.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=count(300, 10_000), deadline=None)
 def test_no_bytes_whatever_make_a_picture_raise(data: bytes, start: bytes) -> None:
     made = process(start + data)
     assert isinstance(made, Refused | tuple)
 
 
+@pytest.mark.soak
 @given(kind=some.sampled_from([*PLAIN, *ODD]), cut=some.floats(0, 0.98), flip=some.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=count(200, 10_000), deadline=None)
 def test_no_damage_whatever_makes_a_picture_raise(kind: str, cut: float, flip: int) -> None:
     whole = bytearray({**PLAIN, **ODD}[kind])
     whole[flip % len(whole)] ^= 0x55

@@ -27,6 +27,8 @@ from shards.storage import Folder
 from tests import tiny
 from tests.family import family, kill
 from tests.faults import Fault, Faults
+from tests.process import repeat_undisturbed
+from tests.rings import SOAK, count
 from tests.test_elastic import losses, store
 from tests.test_launch import Driver, words
 
@@ -36,7 +38,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # --- everything at once ---------------------------------------------------------------------------------------------
 
-STEPS, SAVE_EVERY, AWAY_SECONDS = 1600, 20, 30.0
+SAVE_EVERY = 20
+STEPS, AWAY_SECONDS = (1600, 30.0) if SOAK else (500, 8.0)
 
 
 class Besieged:
@@ -84,11 +87,11 @@ class Besieged:
 
 HAPPENS = [
     Besieged.lose_storage,
-    *3 * [Besieged.kill_driver],
-    *5 * [Besieged.lose_node],
-    *11 * [Besieged.kill_worker],
+    *count(1, 3) * [Besieged.kill_driver],
+    *count(1, 5) * [Besieged.lose_node],
+    *count(1, 11) * [Besieged.kill_worker],
 ]
-"""Twenty blows, whose order is left to chance."""
+"""Four blows, or twenty, whose order is left to chance."""
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def bucket(faulty: tuple[str, Faults]) -> tuple[str, Faults]:
 
 
 @pytest.fixture
-def cluster(bucket: tuple[str, Faults]) -> Iterator[Cluster]:
+def besieged_cluster(bucket: tuple[str, Faults]) -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield made
     made.shutdown()
@@ -108,12 +111,13 @@ def weights(run: Folder) -> dict[str, torch.Tensor]:
     return load((run / "export").read("model.safetensors"))
 
 
-def test_whatever_is_killed_at_twenty_times_a_run_ends_as_if_it_had_been_left_alone(
-    tmp_path: Path, bucket: tuple[str, Faults], cluster: Cluster
+@pytest.mark.soak
+def test_whatever_is_killed_at_any_time_a_run_ends_as_if_it_had_been_left_alone(
+    tmp_path: Path, bucket: tuple[str, Faults], besieged_cluster: Cluster
 ) -> None:
     tiny.shard_set(tmp_path / "set")
     url, faults = bucket
-    chance = random.Random("siege")
+    chance, cluster = random.Random("siege"), besieged_cluster
     long = {"duration": STEPS / 2, "save_every": SAVE_EVERY, "max_failures": 100, "tracking_uri": store(tmp_path)}
     besieged = Besieged(
         lambda: Driver(tmp_path, "besieged", cluster=str(cluster.address), to=url, **long), cluster, faults, chance
@@ -123,9 +127,8 @@ def test_whatever_is_killed_at_twenty_times_a_run_ends_as_if_it_had_been_left_al
         assert not (besieged.driver.run / "export").exists("model.json"), "it is at its end before all has happened"
         happens(besieged)
     assert f"besieged: {STEPS:,} steps; " in besieged.driver.end()
-    quiet = Driver(tmp_path, "quiet", cluster=str(cluster.address), **long)
-    quiet.end()
-    ours, theirs = weights(besieged.driver.run), weights(quiet.run)
+    quiet = repeat_undisturbed(besieged.driver.run, tmp_path / "quiet", store(tmp_path), processes=2)
+    ours, theirs = weights(besieged.driver.run), weights(quiet)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert losses(tmp_path, "besieged") == losses(tmp_path, "quiet")
 

@@ -2,9 +2,6 @@
 
 import random
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +18,10 @@ from pipeline.train.run import refuse_other_decoder
 from shards.manifest import ShardSet
 from shards.storage import Folder
 from tests import tiny
+from tests.gang import run_ranks
+from tests.process import play
+from tests.rings import count
 
-ROOT = Path(__file__).parents[1]
 ALL = Augment(layers=1, mixup=0.5, cutmix=0.5, erase=0.3)
 STEPS = 20  # 32 pictures for 10 epochs in batches of 16
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -52,16 +51,10 @@ def start(
         config = replace(config, model=replace(config.model, dropout=dropout))
     open_folder(config, str(folder), {"training": shards.manifest.root})
     mlflow_run = log.begin(uri, name, {"vitscale.folder": str(folder)}, {}, same="vitscale.folder")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "tests.process", str(folder), uri]
-    command += [mlflow_run, *([] if kill_at is None else [str(kill_at)])]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    code, output = run_ranks(play, str(folder), uri, mlflow_run, kill_at, size=processes)
     if kill_at is None:
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.returncode, folder, mlflow_run
+        assert code == 0, output
+    return code, folder, mlflow_run
 
 
 def test_no_process_of_a_run_decodes_by_something_else_than_the_first(
@@ -117,16 +110,18 @@ def test_twenty_steps_are_seven_and_a_kill_and_thirteen_whatever_the_zero_stage(
     assert losses(place, mlflow_run) == losses(place, undisturbed[zero][1])
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_a_run_that_is_killed_twenty_times_ends_as_if_nothing_had_happened(place: Path) -> None:
-    steps, draw, killed = 160, random.Random(0), 0
+def test_a_run_that_is_killed_many_times_ends_as_if_nothing_had_happened(place: Path) -> None:
+    kills = count(4, 100)
+    steps, draw, killed = 8 * kills, random.Random(0), 0
     few = {"processes": 1, "duration": float(steps), "unit": "steps", "save_every": 5}
     _, quiet, undisturbed = start(place, "long", **few)
     for after in range(2, steps, 8):
         code, folder, _ = start(place, "killed-often", kill_at=after + draw.randrange(6), **few)
         assert not (folder / "export").exists()
         killed += code != 0
-    assert killed == 20
+    assert killed == kills
     _, folder, mlflow_run = start(place, "killed-often", **few)
     assert furthest(quiet, folder) == 0.0
     assert losses(place, mlflow_run, steps) == losses(place, undisturbed, steps)

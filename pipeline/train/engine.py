@@ -367,12 +367,24 @@ def without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
+@contextmanager
+def eager() -> Iterator[None]:
+    """Let `torch.compile` leave the functions as they are that are decorated by it."""
+    compiling, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiling
+
+
 def library(device: torch.device) -> Any:
     """DeepSpeed, imported as it has to be for this device."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with without("mlflow"):  # which its tuner, of no use here, imports if there is one; that takes a second
         import deepspeed
+    with eager():  # its Muon, of no use here either, is compiled where it is defined; that imports all of the compiler
+        import deepspeed.runtime.zero.muon.original_muon
 
     if device.type == "cpu":
         # An operator for inference that is compiled under a lock file: a process killed there leaves the lock, and
