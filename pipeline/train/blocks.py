@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.build import blocks_of
-from pipeline.train.norms import uncounted
+from pipeline.train.norms import BatchNorm, uncounted
 
 
 def wrap(model: nn.Module, *, compiled: bool, recompute: bool) -> None:
@@ -22,6 +22,9 @@ def wrap(model: nn.Module, *, compiled: bool, recompute: bool) -> None:
         # All blocks share one code, and after so many variants of it (shapes, rates, modes) torch compiles no more.
         settings: Any = torch._dynamo.config
         settings.recompile_limit = max(settings.recompile_limit, 4 * len(blocks))
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.leave_uncompiled()
     for block in blocks:
         if compiled:
             block.forward = torch.compile(block.forward)
