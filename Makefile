@@ -5,6 +5,8 @@ STAGE := infra/stage.sh
 # More than there are cores: tests wait for processes that start, are killed, and are missed.
 WORKERS ?= 4
 TESTS := $(BIN)/python -m pytest --numprocesses $(WORKERS)
+# The tests and the demo start hundreds of Pythons, which are to find the product compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check soak venv lint types headers pictures browser benchmarks clean
 

@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from functools import cache
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -17,7 +19,6 @@ from tests.timm import load
 
 pytestmark = pytest.mark.timeout(120)
 
-timm = load("timm.data.auto_augment")
 
 SPACES = {"augreg": (AUGREG, 0, 10.0), "deit": (DEIT, len(AUGREG), 9.0)}
 SAMPLES, EPOCH = np.arange(20_000), np.zeros(20_000, np.int64)
@@ -175,26 +176,31 @@ def test_every_setting_without_a_meaning_is_refused_by_name(augment: Augment, wo
 # DeiT, against timm
 
 
+@cache
+def timms() -> Any:
+    return load("timm.data.auto_augment")
+
+
 def by_timm(operation: Operation, picture: Pixels, level: float, sign: float, bicubic: bool) -> tuple[float, Pixels]:
     """The argument and the picture that timm makes of a level."""
     how = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm, "_randomly_negate", lambda value: sign * value)
-        to_argument = timm.LEVEL_TO_ARG[operation.name]
+        patch.setattr(timms(), "_randomly_negate", lambda value: sign * value)
+        to_argument = timms().LEVEL_TO_ARG[operation.name]
         arguments = to_argument(level, {}) if to_argument else ()
-    made = timm.NAME_TO_OP[operation.name](
+    made = timms().NAME_TO_OP[operation.name](
         Image.fromarray(picture), *arguments, fillcolor=(124, 116, 104), resample=how
     )
     return (arguments or (0.0,))[0], np.asarray(made)
 
 
 def test_every_operation_of_deit_is_timms_in_timms_order() -> None:
-    timms = timm.rand_augment_transform("rand-m9-mstd0.5-inc1", {})
-    assert [operation.name for operation in DEIT] == [operation.name for operation in timms.ops]
-    assert {(operation.prob, operation.magnitude, operation.magnitude_std) for operation in timms.ops} == {
+    theirs = timms().rand_augment_transform("rand-m9-mstd0.5-inc1", {})
+    assert [operation.name for operation in DEIT] == [operation.name for operation in theirs.ops]
+    assert {(operation.prob, operation.magnitude, operation.magnitude_std) for operation in theirs.ops} == {
         (0.5, 9, 0.5)
     }
-    assert timms.num_layers == 2 and timms.choice_weights is None  # uniformly, with replacement
+    assert theirs.num_layers == 2 and theirs.choice_weights is None  # uniformly, with replacement
 
 
 @pytest.mark.parametrize("operation", DEIT, ids=lambda operation: operation.name)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -221,7 +222,10 @@ def test_every_weight_follows_from_the_generator_alone() -> None:
 
 # --- forward pass ---------------------------------------------------------------------------------------------------
 
-MODEL = built().eval().requires_grad_(False)
+
+@cache
+def fixed() -> EfficientNet:
+    return built().eval().requires_grad_(False)
 
 
 @settings(max_examples=25, deadline=None)
@@ -253,19 +257,19 @@ def test_every_size_and_shape_gives_a_place_for_each_32_pixels(height: int, widt
 
 def test_every_logit_is_the_classifiers_of_the_mean_over_places() -> None:
     pictures = images(3, 64, 96)
-    pooled = MODEL.forward_features(pictures).tokens.mean(1)
-    assert MODEL.classifier
-    torch.testing.assert_close(MODEL(pictures), pooled @ MODEL.classifier.weight.T + MODEL.classifier.bias)
+    pooled = fixed().forward_features(pictures).tokens.mean(1)
+    assert fixed().classifier
+    torch.testing.assert_close(fixed()(pictures), pooled @ fixed().classifier.weight.T + fixed().classifier.bias)
     headless = EfficientNet(SMALL, 0).double().eval()
-    headless.load_state_dict({name: value for name, value in MODEL.state_dict().items() if "classifier" not in name})
+    headless.load_state_dict({name: value for name, value in fixed().state_dict().items() if "classifier" not in name})
     torch.testing.assert_close(headless(pictures), pooled)
 
 
 def test_every_picture_of_a_batch_is_as_if_alone() -> None:
     pictures = images(4, 40, 64)
-    together = MODEL(pictures)
+    together = fixed()(pictures)
     for row, picture in zip(together, pictures, strict=True):
-        torch.testing.assert_close(MODEL(picture[None])[0], row, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(fixed()(picture[None])[0], row, rtol=1e-9, atol=1e-9)
     assert float((together[1:] - together[0]).abs().amin(1).max()) > 1e-3
 
 
@@ -295,9 +299,9 @@ def test_every_stage_can_be_computed_anew_for_its_gradient() -> None:
 
 def test_every_compiled_pass_is_the_eager_one_without_a_break() -> None:
     torch.compiler.reset()
-    compiled = torch.compile(MODEL, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(fixed(), backend="aot_eager", fullgraph=True)
     pictures = images(2, 40, 64)
-    torch.testing.assert_close(compiled(pictures), MODEL(pictures))
+    torch.testing.assert_close(compiled(pictures), fixed()(pictures))
     torch.compiler.reset()
 
 
@@ -336,15 +340,15 @@ def test_every_skipped_block_is_as_if_not_there() -> None:
 def test_every_dropout_is_off_in_evaluation_and_on_in_training() -> None:
     model = built(replace(SMALL, dropout=0.5)).eval()
     pictures = images(2)
-    assert torch.equal(model(pictures), MODEL(pictures))
+    assert torch.equal(model(pictures), fixed()(pictures))
     model.dropout.train()
     assert not torch.equal(model(pictures), model(pictures))
 
 
 def test_every_norm_and_bias_is_left_alone_by_weight_decay_and_no_other() -> None:
-    names = {name for name, _ in MODEL.named_parameters()}
-    assert MODEL.undecayed() == {name for name in names if ".bn" in f".{name}" or name.endswith(".bias")}
-    assert {name.split(".")[-1] for name in names - MODEL.undecayed()} == {"weight"}
+    names = {name for name, _ in fixed().named_parameters()}
+    assert fixed().undecayed() == {name for name in names if ".bn" in f".{name}" or name.endswith(".bias")}
+    assert {name.split(".")[-1] for name in names - fixed().undecayed()} == {"weight"}
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
