@@ -76,8 +76,8 @@ TASKS = "digits,mnist,fashion_offset"
 SHORT = Size(
     {
         "demo_small": (*model(32, 4), "--duration", "1"),
-        "demo_medium": (*model(48, 4), "--duration", "1.5"),
-        "demo": ("--duration", "2"),
+        "demo_medium": (*model(48, 4), "--duration", "1.25"),
+        "demo": (*model(64, 4), "--duration", "2"),
     },
     TASKS,
     ("--protocol", "demo-short"),
