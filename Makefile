@@ -18,13 +18,15 @@ test: lint types pictures browser
 
 venv: .venv/installed
 
-# Tests compare with timm; without what it asks for, as torchvision does not load beside every torch.
+# Tests compare with timm; without what it asks for, as torchvision does not load beside every torch. What pip and
+# setuptools warn of is in the log, and shown where something has failed.
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .venv/installed: pyproject.toml constraints.txt shards/area.c pipeline/data/crop.c | headers
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
-	touch $@
+	@echo "Installing torch, Ray, DeepSpeed, MLflow and what they need into .venv: 3 to 10 minutes, by the network"
+	@$(PYTHON) -m venv .venv
+	@{ $(BIN)/python -m pip install --quiet --upgrade pip && $(PIP) --editable '.[demo,test]' && \
+		$(PIP) --no-deps timm; } > .venv/install.log 2>&1 || { cat .venv/install.log >&2; exit 1; }
+	@touch $@
 
 lint: venv
 	$(BIN)/ruff check
