@@ -125,7 +125,7 @@ def stages(folder: Path, size: Size) -> list[Job]:
     return [
         Job("prepare the images", images, command=("prepare.py", ",".join(names), "--to", sets)),
         *pretrain,
-        Job("fine-tune to new tasks", command=(*finetune, "--tasks", size.tasks, *size.transfer)),
+        Job("fine-tune", command=(*finetune, "--tasks", size.tasks, *size.transfer)),
         Job("compare", command=("compare.py", "--to", f"{folder}/report")),
     ]
 

@@ -14,9 +14,11 @@ from rich.text import Text
 
 from shards.progress import duration, number, read
 
-BAR = (8, 24)
+BAR = (7, 24)
 """Characters of a bar, at least and at most."""
-WORDS = 76
+COLUMNS = (0, 0, 20, 9, 13)
+"""Characters of each column at least, so that none moves when another grows."""
+WORDS = 73
 """Characters that a row takes beside its bar."""
 _MADE = re.compile(r"(\S+): ([\d,]+) pictures in ")
 
@@ -77,7 +79,8 @@ class Stage:
             return 0.0, "", "", ""
         if self._ended:
             found = [said[0] for line in self.lines if self.result and (said := re.search(self.result, line))]
-            return 1.0, found[-1] if found else "", "", f"took {duration(self._ended - self._began)}"
+            came = found[-1] if found else f"{self.total:,}" if self.total else ""
+            return 1.0, came, "", f"took {duration(self._ended - self._began)}"
         if not self._last or not self.total:
             return None, "", "", f"{duration(now - self._began)} so far"
         rate, left = self.rate(), self.left(now)
@@ -128,6 +131,7 @@ class View:
     def begin(self, stage: Stage) -> None:
         """Start a stage."""
         stage.begin(time.monotonic())
+        self._line = ""
 
     def hear(self, stage: Stage, line: str) -> None:
         """Take in a line of its job."""
@@ -150,6 +154,6 @@ class View:
             share, *words = stage.row(now)
             bar = ProgressBar(None if share is None else 1.0, share or 0.0, width, pulse=share is None)
             table.add_row(f"[{place}/{len(self._stages)}] {stage.title}", bar, *words)
-        for column in table.columns:
-            column.no_wrap = True
+        for column, least in zip(table.columns, COLUMNS, strict=True):
+            column.no_wrap, column.min_width = True, least
         return Group(table, Text(self._line, style="dim", no_wrap=True, overflow="ellipsis"))
