@@ -1,9 +1,10 @@
-"""The whole chain on this machine, on real pictures: prepare, pretrain three times, fine-tune, compare.
+"""The whole chain on this machine, on real images: prepare, pretrain three times, fine-tune, compare.
 
-    python jobs/demo.py [--to demo] [--quick]
+    python jobs/demo.py [--to demo] [--full | --quick]
 
 Starts a Ray of its own with token authentication, submits the very jobs that run on a cluster, one after the other,
-and stops that Ray again. What is there already is not done again.
+and stops that Ray again. What is there already is not done again. On a terminal it shows the stages as they go, and
+elsewhere the lines that the jobs print.
 """
 
 import json
@@ -24,12 +25,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline import code
 from pipeline.cli import parse, run
+from shards.datasets import find
+from shards.progress import EVERY
+from shards.stages import Plain, Stage, View
 
 ROOT = Path(__file__).resolve().parents[1]
-START_SECONDS = 120
+START_SECONDS = 300
 STOP_SECONDS = 45
 SOCKET_PATH = 107 - len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.00")
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+"
@@ -43,87 +48,126 @@ ENDED = re.compile(
 class Arguments:
     """Where everything goes, and how much of it there is."""
 
-    to: str = "demo"
-    """Folder for everything that is downloaded or made."""
+    to: str = ""
+    """Folder for everything that is downloaded or made; demo if empty, or demo/full with --full."""
+    full: bool = False
+    """Longer pretrainings and fine-tunings, and more learning rates: about 14 minutes instead of 5."""
     quick: bool = False
-    """Only so much that every stage runs: results are worth nothing."""
+    """Only so much that every kind of stage runs: results are worth nothing."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A job of the chain."""
+class Size(NamedTuple):
+    """How much of everything is done."""
 
-    title: str
-    command: tuple[str, ...]
+    runs: dict[str, tuple[str, ...]]
+    """Options of each pretraining by its name, from little compute to much."""
+    tasks: str
+    """Downstream tasks, each also the name of its data set."""
+    transfer: tuple[str, ...]
+    """Options of the fine-tuning."""
 
 
-def stages(folder: Path, quick: bool) -> list[Stage]:
-    """The jobs, in order."""
-    sets, runs = f"{folder}/sets", f"{folder}/runs"
-    few = ("--duration", "0.05", "--optim.warmup", "5") if quick else ()
-    less = ("--tasks", "digits", "--seeds", "1", "--rates", "0.03") if quick else ()
-    data = ("--data.shards", f"{sets}/fashion_mnist/train", "--data.validation", f"{sets}/fashion_mnist/test")
-    sizes = {
-        "demo_small": ("--model.width", "32", "--model.depth", "4", "--model.hidden", "128", "--duration", "2"),
-        "demo_medium": ("--model.width", "48", "--model.depth", "4", "--model.hidden", "192", "--duration", "3"),
+def model(width: int, depth: int) -> tuple[str, ...]:
+    """A ViT of this size."""
+    return "--model.width", f"{width}", "--model.depth", f"{depth}", "--model.hidden", f"{4 * width}"
+
+
+TASKS = "digits,mnist,fashion_offset"
+SHORT = Size(
+    {
+        "demo_small": (*model(32, 4), "--duration", "1"),
+        "demo_medium": (*model(48, 4), "--duration", "1.25"),
+        "demo": (*model(64, 4), "--duration", "2"),
+    },
+    TASKS,
+    ("--protocol", "demo-short"),
+)
+FULL = Size(
+    {
+        "demo_small": (*model(32, 4), "--duration", "2"),
+        "demo_medium": (*model(48, 4), "--duration", "3"),
         "demo": (),
-    }
-    pretrainings = [
-        Stage(
+    },
+    TASKS,
+    (),
+)
+FEW = ("--duration", "0.05", "--optim.warmup", "5")
+QUICK = Size(
+    {"demo_small": (*model(32, 4), *FEW), "demo": FEW},
+    "digits",
+    ("--protocol", "demo-short", "--seeds", "1", "--rates", "0.03"),
+)
+
+
+@dataclass(eq=False)
+class Job(Stage):
+    """A stage, and the command that does it."""
+
+    command: tuple[str, ...] = ()
+
+
+def stages(folder: Path, size: Size) -> list[Job]:
+    """The jobs, in order."""
+    sets, runs, transfer = f"{folder}/sets", f"{folder}/runs", f"{folder}/transfer"
+    data = ("--data.shards", f"{sets}/fashion_mnist/train", "--data.validation", f"{sets}/fashion_mnist/test")
+    names = ["fashion_mnist", *size.tasks.split(",")]
+    images = sum(count or 0 for name in names for count in find(name).splits.values())
+    pretrain = [
+        Job(
             f"pretrain {name}",
-            ("pretrain.py", "demo", "--run", name, *data, "--to", runs, "--processes", "2", *size, *few),
+            result=r"val accuracy [\d.]+ %",
+            command=("pretrain.py", "demo", "--run", name, *data, "--to", runs, "--processes", "2", *options),
         )
-        for name, size in sizes.items()
+        for name, options in size.runs.items()
     ]
-    prepared = ("fashion_mnist", "digits", "mnist", "fashion_offset")
+    checkpoint = f"{runs}/{list(size.runs)[-1]}"
+    finetune = ("finetune.py", "--checkpoint", checkpoint, "--data", sets, "--to", transfer, "--scratch")
     return [
-        Stage("prepare the pictures", ("prepare.py", ",".join(prepared), "--to", sets)),
-        *pretrainings,
-        Stage(
-            "fine-tune to the downstream tasks",
-            (
-                "finetune.py",
-                "--checkpoint",
-                f"{runs}/demo",
-                "--data",
-                sets,
-                "--to",
-                f"{folder}/transfer",
-                "--scratch",
-                *less,
-            ),
-        ),
-        Stage("compare", ("compare.py", "--to", f"{folder}/report")),
+        Job("prepare the images", images, command=("prepare.py", ",".join(names), "--to", sets)),
+        *pretrain,
+        Job("fine-tune", command=(*finetune, "--tasks", size.tasks, *size.transfer)),
+        Job("compare", command=("compare.py", "--to", f"{folder}/report")),
     ]
 
 
 def main(argv: list[str]) -> None:
     """Run the chain, or say that it has been run."""
     arguments = parse(Arguments, argv)
-    folder = Path(arguments.to).resolve()
+    size = QUICK if arguments.quick else FULL if arguments.full else SHORT
+    folder = Path(arguments.to or ("demo/full" if arguments.full else "demo")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    chain = stages(folder, arguments.quick)
+    chain = stages(folder, size)
     done = folder / "done.json"
     asked = [list(stage.command) for stage in chain]
     if done.exists() and json.loads(done.read_text()) == asked:
-        print(f"The demo has been run; `make clean` removes it.\n{_where(folder)}")
+        print(f"The demo has been run; `make clean` removes it.\n{_next(folder)}")
         return
     began = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the Ray is stopped then, too
-    with ray_head(folder) as environment:
-        for number, stage in enumerate(chain, 1):
-            print(f"\n[{number}/{len(chain)}] {stage.title}", flush=True)
-            submit(stage, folder, environment)
+    watched = sys.stdout.isatty()
+    with ray_head(folder) as environment, View(chain) if watched else Plain(chain) as view:
+        for stage in chain:
+            submit(stage, folder, environment, view, every=1 if watched else 5)
+    if watched:
+        print("".join(f"{line}\n" for line in chain[-1].lines))  # what has come of it all
     done.write_text(json.dumps(asked))
-    print(f"\nAll done in {(time.monotonic() - began) / 60:.1f} minutes.\n{_where(folder)}")
+    print(f"\nAll done in {(time.monotonic() - began) / 60:.1f} minutes.\n{_next(folder)}")
 
 
-def _where(folder: Path) -> str:
-    mlflow = Path(sys.executable).with_name("mlflow")
+def _next(folder: Path) -> str:
+    python, mlflow = _short(_beside_python("python")), _short(_beside_python("mlflow"))
+    own = f"folder --name mine --source IMAGES --to {_short(folder / 'sets')}"
     return (
-        f"The report:     {folder}/report/report.html\n"
-        f"MLflow's pages: {mlflow} ui --backend-store-uri {tracking_uri(folder)}"
+        f"The report:      {folder}/report/report.html\n"
+        f"MLflow's pages:  {mlflow} ui --backend-store-uri {tracking_uri(folder)}\n"
+        f"Your own images: {python} {_short(ROOT / 'jobs/prepare.py')} {own}  # IMAGES has a folder for each class"
     )
+
+
+def _short(path: str | Path) -> str:
+    """The path as it reads from here."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else str(path)
 
 
 def tracking_uri(folder: Path) -> str:
@@ -131,9 +175,12 @@ def tracking_uri(folder: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def submit(stage: Stage, folder: Path, environment: dict[str, str]) -> None:
-    """Submit a job and show what it prints until it ends; RuntimeError where it fails."""
-    told = {"MLFLOW_TRACKING_URI": tracking_uri(folder), "VITSCALE_CODE": code.version()}
+def submit(stage: Job, folder: Path, environment: dict[str, str], view: View | Plain, *, every: float) -> None:
+    """Submit a job and show what it prints until it ends; RuntimeError where it fails.
+
+    `every` is the number of seconds from one line of progress to the next.
+    """
+    told = {"MLFLOW_TRACKING_URI": tracking_uri(folder), "VITSCALE_CODE": code.version(), EVERY: f"{every:g}"}
     command = [
         _beside_python("ray"), "job", "submit", "--working-dir", str(ROOT),
         "--runtime-env-json", json.dumps({"env_vars": told}), "--",
@@ -143,21 +190,26 @@ def submit(stage: Stage, folder: Path, environment: dict[str, str]) -> None:
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert job.stdout
+    view.begin(stage)
     try:
         for line in takewhile(lambda line: not ENDED.match(line), job.stdout):
             if not NOISE.match(line):
-                print(f"  {line}", end="", flush=True)
+                view.hear(stage, line.rstrip("\n"))
         job.stdout.read()
-        failed = job.wait()
+        failed = job.wait() != 0
     finally:
         job.kill()
+    view.end(stage, failed)
     if failed:
         raise RuntimeError(f"{stage.title} has failed; started again, the demo goes on where it was")
 
 
 @contextmanager
 def ray_head(folder: Path) -> Iterator[dict[str, str]]:
-    """A Ray on this machine, reachable with the environment that this yields, and stopped at the end."""
+    """A Ray on this machine, reachable with the environment that this yields, and stopped at the end.
+
+    Its files are removed then, unless something has failed.
+    """
     gcs, dashboard, client, agent = free_ports(4)
     environment = {
         **os.environ,
@@ -181,20 +233,27 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
         "--num-cpus", str(max(2, os.cpu_count() or 2)), "--temp-dir", str(temporary),
     ]  # fmt: skip
     log = folder / "ray.log"
-    print(f"Starting a Ray on this machine (its log: {log})", flush=True)
+    print("Starting a Ray on this machine", flush=True)
     with log.open("w") as output:
         head = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us; we stop it in order
         )  # fmt: skip
+    failed = False
     try:
         wait_for(head, environment, log)
         yield environment
+    except Exception:  # but neither Ctrl-C nor SIGTERM, after which nothing is to be looked up
+        failed = True
+        raise
     finally:
         print("Stopping the Ray", flush=True)
         stop(head)
-        if aside:
+        if failed:
+            print(f"Ray's own files are kept, its log in {log}, those of its session in {temporary}", flush=True)
+        else:
             shutil.rmtree(temporary, ignore_errors=True)
+            log.unlink()
 
 
 def wait_for(head: subprocess.Popen, environment: dict[str, str], log: Path) -> None:

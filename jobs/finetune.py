@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from pipeline.transfer.results import Results
     from pipeline.transfer.sweep import Large, State, Wanted
 
-EVERY_SECONDS = 5.0
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -225,15 +223,24 @@ def _large(processes: Sequence[int], cpus_each: float, uri: str) -> "Large":
 
 
 class Lines:
-    """How far the sweep is, as a line now and then; `say` and the clock are for tests."""
+    """How far the sweep is, as a line now and then, and none while nothing changes."""
 
-    def __init__(self, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
-        self._say, self._said = say, time.monotonic()
+    def __init__(
+        self, say: Callable[[str], None] = lambda line: print(line, flush=True), *, every: float | None = None
+    ) -> None:
+        from shards.progress import pace
+
+        self._say, self._every, self._said = say, pace() if every is None else every, time.monotonic()
+        self._last: State | None = None
 
     def __call__(self, state: "State") -> None:
-        """Say so, unless something has just been said."""
-        if time.monotonic() - self._said >= EVERY_SECONDS:
-            self._said = time.monotonic()
+        """Print how far the sweep is, unless a line has just been printed or nothing has changed since.
+
+        An expected end that moves is no change: it does so at every look.
+        """
+        seen = replace(state, left=0.0)
+        if time.monotonic() - self._said >= self._every and seen != self._last:
+            self._said, self._last = time.monotonic(), seen
             self._say(line(state, time.time()))
 
 

