@@ -260,6 +260,7 @@ def bare(folder: Path) -> float:
 
 
 def img2dataset(folder: Path) -> float:
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # which it would look for in the network
     import cv2
     from img2dataset.resizer import Resizer
 
