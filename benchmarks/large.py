@@ -4,7 +4,7 @@
 
 The first start is killed (SIGKILL) after its third step, when the second is in a checkpoint; the second start takes the
 third step again and exports. Blocks are computed twice rather than kept, and training waits for checkpoints, as there
-is no memory for a copy of the state. Needs 24 GB of memory and 20 GB of disk; --quick takes a tiny model, and shows that
+is no memory for a copy of the state. Needs 24 GB of memory and 20 GB of disk; --quick takes a tiny model and shows that
 the chain works: its figures say nothing of a large one.
 
 Last line, as JSON: seconds of each step and of a checkpoint, the most memory that a process had (VmHWM of Linux, less
