@@ -1,4 +1,4 @@
-r"""How fast pictures are fed: ratios over named peers, on the same pictures and crops, in turns.
+"""How fast pictures are fed: ratios over named peers, on the same pictures and crops, in turns.
 
     python benchmarks/feed.py [--quick] [--peers PYTHON] [--only PART ...] [--count 2048] [--rounds 5]
 
@@ -7,12 +7,19 @@ Batches of 64 crops (area 0.08 to 1, mirrored or not, 224 x 224), shuffled, by t
 - `same`: `full`, with our kernel behind the peers as well;
 - `raw`: the encoded pictures of `full`, shuffled, by one process without workers (ours: one thread, 256 at a time); the
   `floor` reads them one by one by offsets that it knows, and does nothing else;
-- `s3`: those of `full` from an S3 server on this machine, ours through an empty cache, webdataset by `pipe:curl`;
+- `s3`: the same set from an S3 server on this machine, ours through an empty cache, webdataset by `pipe:curl`;
 - `resume`: a run's first batch from a set of 14 million, at its beginning and in the middle of an epoch.
 
 Peers: `webdataset` with the stock chain (Pillow decodes, bicubic, float32, normalised), MosaicML `streaming` and
 `litdata` with the same chain, `pillow_loader` (a file a picture, Pillow, bicubic, uint8, as timm has it). Each is a
 process of its own that lives through all rounds; the first round warms up, and in each the order is drawn anew.
+
+--quick takes fewer rounds of fewer pictures, but for `raw` and `s3`, whose set always has 2,048: where there are fewer
+they come several times, each with bytes of its own. Fewer would be another measurement: of 320 (25 MB) `raw` came to
+0.28 of the floor in place of 0.52. Most of that is the floor's: so small a set stays in the processor's own cache, from
+which the floor, which throws the bytes away, reads a picture in 5 to 7 µs in place of 12; ours hands out 20 MB at a
+time and gains nothing. The rest is ours, 27 µs in place of 23: what it does once an epoch for each lane (the order, the
+look ahead) was shared by 5 pictures of a lane and not by 32.
 
 A ratio is a median over the rounds, of pictures per CPU-second, the workers' included; the same by the clock has
 `_wall` in its name. `s3_over_pipe_curl` is by the clock, and `s3_over_pipe_curl_cpu` by CPU-seconds. Times are worth
@@ -20,15 +27,10 @@ something on a quiet machine only; CPU time suffers less. `resume_seconds` is ho
 than after `fresh_seconds`, by the clock; `resume_cpu_seconds` how much more work it is.
 
 PYTHON is an interpreter that has mosaicml-streaming and litdata beside all that this one has. Their dependencies do not
-go together with ours, so it looks into our environment and gets no more than what they import:
-
-    python -m venv PEERS
-    python -c "import site; print(site.getsitepackages()[0])" > PEERS/lib/python3.11/site-packages/ours.pth
-    PEERS/bin/pip install --no-deps mosaicml-streaming litdata scikit-image lightning-utilities obstore s3transfer \
-        boto3==OUR_BOTOCORE tifffile catalogue zstd brotli python-snappy cramjam transformers tokenizers regex
-
-Without it these two are left out. All lies in a temporary folder (TMPDIR), about a gigabyte, which should not be on a
-tmpfs: pages of a file system's cache are read faster. Last line: the figures as JSON.
+go together with ours; `benchmarks/peers/install.sh PEERS` makes PEERS/bin/python, which looks into our environment and
+has no more than what they import. Without it these two are left out. All lies in a temporary folder (TMPDIR), about a
+gigabyte, which should not be on a tmpfs: pages of a file system's cache are read faster. Last line: the figures as
+JSON.
 """
 
 import argparse
@@ -44,12 +46,12 @@ from statistics import median
 from typing import NamedTuple
 
 from peers import sets, store
-from peers.contest import BATCH, FILES, TARS, WRITE, Spent, Task, Turn, timed
-
-from pipeline.seed import permutation
+from peers.contest import BATCH, FILES, TARS, WRITE, Spent, Task, Turn, divide_rounds, report, take_turns, timed
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL, SMALL, HUGE = "full", "small", "huge"
+FULL, SMALL, STORED, HUGE = "full", "small", "stored", "huge"
+COUNT = 2048
+"""Pictures of `full` and `small`, and always of `stored`, which has those of `full`, several times where need be."""
 FOREIGN = ("streaming", "litdata")
 
 
@@ -65,8 +67,8 @@ PARTS = {
     "full": Part("full", FULL, ("ours", "webdataset", "streaming", "litdata", "pillow_loader")),
     "small": Part("small", SMALL, ("ours", "webdataset", "pillow_loader")),
     "same": Part("same_decoder", FULL, ("ours", "webdataset", "streaming", "litdata")),
-    "raw": Part("raw", FULL, ("ours", "webdataset", "streaming", "litdata", "floor")),
-    "s3": Part("s3", FULL, ("ours", "webdataset")),
+    "raw": Part("raw", STORED, ("ours", "webdataset", "streaming", "litdata", "floor")),
+    "s3": Part("s3", STORED, ("ours", "webdataset")),
     "resume": Part("resume", HUGE, ("fresh", "resumed")),
 }
 
@@ -84,32 +86,34 @@ def main() -> None:
     if given.contestant:
         serve(given.contestant, given.task)
         return
-    count = given.count or (320 if given.quick else 2048)
+    count = given.count or (640 if given.quick else COUNT)
     if count % BATCH or count < BATCH:
         arguments.error(f"--count is {count}; it has to be a multiple of {BATCH}, so that batches make an epoch")
-    rounds = given.rounds or (2 if given.quick else 5)
+    rounds = given.rounds or (3 if given.quick else 5)
     with tempfile.TemporaryDirectory(prefix="vitscale-") as folder:
-        figures = compete(Path(folder), given.only, rounds, count, given.peers)
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+        report(*compete(Path(folder), given.only, rounds, count, given.peers))
 
 
-def compete(folder: Path, parts: list[str], rounds: int, count: int, peers: str) -> dict[str, float]:
-    """All figures of these parts."""
+def compete(
+    folder: Path, parts: list[str], rounds: int, count: int, peers: str
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """The ratios of these parts in each round, and their figures."""
     prepare(folder, {PARTS[name].pictures for name in parts}, count, peers)
+    ratios: dict[str, list[float]] = {}
     figures: dict[str, float] = {}
     for name in parts:
-        serving = store.serving(folder / "store", folder / FULL / TARS) if name == "s3" else nullcontext({})
+        serving = store.serving(folder / "store", folder / STORED / TARS) if name == "s3" else nullcontext({})
         with serving as environment, ExitStack() as stack:
             contestants = {
                 one: stack.enter_context(running(one, task(folder, name, one, environment), peers, environment))
                 for one in PARTS[name].contestants
                 if peers or one not in FOREIGN
             }
-            spent = take_turns(contestants, rounds)
-        found = figures_of(name, spent, folder)
-        say(name, spent, found)
-        figures |= found
-    return figures
+            spent = take_turns({one: contestant.turn for one, contestant in contestants.items()}, rounds)
+        say(name, spent)
+        ratios |= ratios_of(name, spent)
+        figures |= figures_of(name, spent, folder)
+    return ratios, figures
 
 
 def prepare(folder: Path, wanted: set[str], count: int, peers: str) -> None:
@@ -127,9 +131,21 @@ def prepare(folder: Path, wanted: set[str], count: int, peers: str) -> None:
         (folder / name).mkdir()
         (folder / "made" / name).rename(folder / name / FILES)
         sets.shard_set(sets.labelled(folder / name / FILES), folder / name / TARS, count)
-    for one in FOREIGN if peers and FULL in wanted else ():
-        with running(one, Task(WRITE, folder / FULL, "", folder / f"write-{one}"), peers, {}) as writer:
-            writer.turn(0)
+    if STORED in wanted:
+        repeat(folder / FULL / FILES, folder / STORED / FILES, COUNT)
+        sets.shard_set(sets.labelled(folder / STORED / FILES), folder / STORED / TARS, COUNT)
+    for name in wanted & {FULL, STORED} if peers else ():
+        for one in FOREIGN:
+            with running(one, Task(WRITE, folder / name, "", folder / f"write-{name}-{one}"), peers, {}) as writer:
+                writer.turn(0)
+
+
+def repeat(files: Path, target: Path, count: int) -> None:
+    """Link `count` files to those of a folder, from its first one again where it has fewer."""
+    target.mkdir(parents=True)
+    each = sorted(files.iterdir())
+    for number in range(count):
+        os.link(each[number % len(each)], target / f"{number:06}.jpg")
 
 
 def task(folder: Path, part: str, contestant: str, environment: dict[str, str]) -> Task:
@@ -141,20 +157,28 @@ def task(folder: Path, part: str, contestant: str, environment: dict[str, str]) 
     return Task(what, folder / PARTS[part].pictures, url, folder / f"{part}-{contestant}")
 
 
-def take_turns(contestants: "dict[str, Contestant]", rounds: int) -> dict[str, list[Spent]]:
-    """What each contestant spent in each round; the first round, which warms up, is left out."""
-    spent: dict[str, list[Spent]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for i in permutation(len(contestants), "round", number).tolist():
-            name = list(contestants)[i]
-            found = contestants[name].turn(number)
-            if number:
-                spent[name].append(found)
-    return spent
+def ratios_of(part: str, spent: dict[str, list[Spent]]) -> dict[str, list[float]]:
+    """The ratios of a part in each round, by the names that they have in the JSON."""
+    if part == "resume":
+        return {}
+    if part == "s3":
+        return {
+            "s3_over_pipe_curl": ratios(spent, "webdataset", "wall"),
+            "s3_over_pipe_curl_cpu": ratios(spent, "webdataset", "cpu"),
+        }
+    name, others = PARTS[part].name, [one for one in spent if one != "ours"]
+    by_processor = {f"{name}_over_{one}": ratios(spent, one, "cpu") for one in others}
+    return by_processor | {f"{name}_over_{one}_wall": ratios(spent, one, "wall") for one in others}
+
+
+def ratios(spent: dict[str, list[Spent]], other: str, by: str) -> list[float]:
+    """How many pictures ours makes in the time in which the other makes one."""
+    each = {name: [getattr(one, by) / one.pictures for one in spent[name]] for name in ("ours", other)}
+    return divide_rounds(each[other], each["ours"])
 
 
 def figures_of(part: str, spent: dict[str, list[Spent]], folder: Path) -> dict[str, float]:
-    """The medians of a part, by the names that they have in the JSON."""
+    """What is no ratio, medians over the rounds."""
     if part == "resume":
         pairs = list(zip(spent["fresh"], spent["resumed"], strict=True))
         return {
@@ -163,36 +187,21 @@ def figures_of(part: str, spent: dict[str, list[Spent]], folder: Path) -> dict[s
             "fresh_seconds": median(fresh.wall for fresh, _ in pairs),
         }
     if part == "s3":
-        gigabytes = sum(path.stat().st_size for path in (folder / FULL / TARS).glob("*.tar")) / 1e9
+        gigabytes = sum(path.stat().st_size for path in (folder / STORED / TARS).glob("*.tar")) / 1e9
         return {
-            "s3_over_pipe_curl": ratio(spent, "webdataset", "wall"),
-            "s3_over_pipe_curl_cpu": ratio(spent, "webdataset", "cpu"),
             "s3_megabytes_per_second": 1000 * gigabytes / median(one.wall for one in spent["ours"]),
             "s3_cpu_seconds_per_gb": median(one.cpu for one in spent["ours"]) / gigabytes,
         }
-    name, others = PARTS[part].name, [one for one in spent if one != "ours"]
-    by_processor = {f"{name}_over_{one}": ratio(spent, one, "cpu") for one in others}
-    return by_processor | {f"{name}_over_{one}_wall": ratio(spent, one, "wall") for one in others}
+    return {}
 
 
-def ratio(spent: dict[str, list[Spent]], other: str, by: str) -> float:
-    """How many pictures ours makes in the time in which the other makes one."""
-
-    def each(one: Spent) -> float:
-        return getattr(one, by) / one.pictures
-
-    return median(each(theirs) / each(ours) for ours, theirs in zip(spent["ours"], spent[other], strict=True))
-
-
-def say(part: str, spent: dict[str, list[Spent]], found: dict[str, float]) -> None:
-    """Print the table of a part and what follows from it."""
+def say(part: str, spent: dict[str, list[Spent]]) -> None:
+    """Print the table of a part."""
     print(f"\n{part:<16}{'pictures/s':>12}{'per CPU-second':>16}   seconds (CPU-seconds) of each round")
     for name, turns in spent.items():
         wall, cpu = median(one.pictures / one.wall for one in turns), median(one.pictures / one.cpu for one in turns)
         rounds = "  ".join(f"{one.wall:.2f} ({one.cpu:.2f})" for one in turns)
-        print(f"{name:<16}{wall:>12,.0f}{cpu:>16,.0f}   {rounds}")
-    for name, value in found.items():
-        print(f"  {name} {value:.3g}", flush=True)
+        print(f"{name:<16}{wall:>12,.0f}{cpu:>16,.0f}   {rounds}", flush=True)
 
 
 class Contestant:

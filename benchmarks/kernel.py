@@ -4,7 +4,7 @@
 
 The pictures are pieces and variations of the two photographs that scikit-learn brings, about 500 x 375, quality 90, two
 thirds of them with halved colour; the crops are a training run's (5 % of the area and more, 224 x 224 in the end), the
-same for all. One core; the methods take turns, and each figure is a median over the rounds.
+same for all. One core; the methods take turns, and each figure is a median over the rounds, of which --quick has fewer.
 
 `kernel_over_pillow`: Pillow decodes, crops and scales (BILINEAR). `kernel_over_simplejpeg_area`: simplejpeg decodes,
 and OpenCV scales (INTER_AREA). `kernel_over_ceiling`: the kernel asked for the box in its own size, that is the partial
@@ -12,7 +12,6 @@ decode and a copy of the rows. Beside them how near the results are to Pillow's.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
+from peers.contest import divide_rounds, report, take_turns
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -107,17 +107,11 @@ def seconds(method: Callable[[Work, Pixels], Pixels], todo: list[Work], out: Pix
 
 
 def rounds(todo: list[Work], count: int) -> dict[str, list[float]]:
-    """The CPU time of every method in every round, in an order drawn anew each round."""
+    """The CPU time of every method in every round."""
     out, large = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((1000, 1000, 3), np.uint8)
     methods = {method.__name__: partial(seconds, method, todo, out) for method in (kernel, pillow, simplejpeg_area)}
     methods["partial_decode"] = partial(seconds, partial_decode, todo, large)
-    random, times = np.random.default_rng(1), {name: [] for name in methods}
-    for turn in range(count + 1):
-        for name in random.permutation(list(methods)).tolist():
-            needed = methods[name]()
-            if turn:  # the first warms up
-                times[name].append(needed)
-    return times
+    return take_turns({name: lambda number, method=method: method() for name, method in methods.items()}, count)
 
 
 def decibels(ours: Pixels, theirs: Pixels) -> float:
@@ -134,27 +128,26 @@ def fidelity(todo: list[Work]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer pictures and rounds")
+    parser.add_argument("--quick", action="store_true", help="five rounds")
     quick = parser.parse_args().quick
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cv2.setNumThreads(1)
-    todo = works(40 if quick else 300)
+    todo = works(300)
     times = rounds(todo, 5 if quick else 11)
     rates = {name: len(todo) / median(some) for name, some in times.items()}
     for name, rate in rates.items():
         print(f"{name:>16}: {rate:7.0f} pictures a CPU-second")
-    ratio = {name: median(b / a for a, b in zip(times["kernel"], times[name], strict=True)) for name in times}
+    peers = {"pillow": "pillow", "simplejpeg_area": "simplejpeg_area", "ceiling": "partial_decode"}
     near = fidelity(todo[:100])
     figures = {
-        "kernel_over_pillow": ratio["pillow"],
-        "kernel_over_simplejpeg_area": ratio["simplejpeg_area"],
-        "kernel_over_ceiling": ratio["partial_decode"],
+        "compiled": decode.vitscale_crop is not None,
         "kernel_per_second": rates["kernel"],
         "decibels_to_pillow_least": min(near),
         "decibels_to_pillow_median": median(near),
     }
-    print(json.dumps({"compiled": decode.vitscale_crop is not None} | {k: round(v, 3) for k, v in figures.items()}))
+    ratios = {f"kernel_over_{peer}": divide_rounds(times[name], times["kernel"]) for peer, name in peers.items()}
+    report(ratios, figures)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 The first start is killed (SIGKILL) after its third step, when the second is in a checkpoint; the second start takes the
 third step again and exports. Blocks are computed twice rather than kept, and training waits for checkpoints, as there
-is no memory for a copy of the state. Needs 24 GB of memory and 20 GB of disk; --quick takes a tiny model.
+is no memory for a copy of the state. Needs 24 GB of memory and 20 GB of disk; --quick takes a tiny model and shows that
+the chain works: its figures say nothing of a large one.
 
 Last line, as JSON: seconds of each step and of a checkpoint, the most memory that a process had (VmHWM of Linux, less
 what it had before the model was there) beside what `pipeline.models.memory` predicts, GB on the disk, the exported
@@ -161,12 +162,13 @@ def main() -> None:
     given = arguments.parse_args()
     if given.process:
         return process(Path(given.process[0]), given.process[1] == "deadly")
+    name = "vit_ti16" if given.quick else given.model
     with tempfile.TemporaryDirectory(prefix="vitscale-", dir=given.to or None) as folder:
-        config = prepared(Path(folder), "vit_ti16" if given.quick else given.model, given.precision, given.batch)
+        config = prepared(Path(folder), name, given.precision, given.batch)
         start(Path(folder) / "run", deadly=True)
         start(Path(folder) / "run", deadly=False)
         found = report(config, Path(folder) / "run")
-    print(json.dumps(found))
+    print(json.dumps({"model": name} | found))
 
 
 if __name__ == "__main__":

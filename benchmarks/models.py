@@ -4,13 +4,13 @@
 
 On a CPU in fp32 (bf16 too if asked for: emulated there, it says nothing of a GPU); on a GPU in bf16 by autocast, where
 ours has its blocks compiled and timm's is run plain and wholly compiled, convolutional families with channels last.
-The order is turned from round to round, a round is the best of three passes, the figure is the median over rounds of
-timm's time over ours. timm is found without torchvision (tests/timm.py). Last line: the ratios as JSON, with
-`vit_over_timm` and `worst_family_over_timm`; on a GPU pictures/s, peak memory and the share of a matmul's rate, too.
+Passes take turns, a round is the best of three passes of each, the figure is the median over rounds of timm's time over
+ours. timm is found without torchvision (tests/timm.py). --quick takes fewer rounds of the same batches. Last line: the
+ratios as JSON, with `vit_over_timm` and `worst_family_over_timm`; on a GPU pictures/s, peak memory and the share of a
+matmul's rate, too.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from peers.contest import divide_rounds, report, take_turns
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,20 +52,21 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
     known = LARGE if gpu else FAMILIES
-    arguments.add_argument("--quick", action="store_true", help="fewer rounds, smaller batches")
+    arguments.add_argument("--quick", action="store_true", help="three rounds")
     arguments.add_argument("--only", nargs="+", choices=known, default=list(known))
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--batch", type=int, default=128 if gpu else 4)
     arguments.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32")
     given = arguments.parse_args()
-    rounds, batch = (2, 2) if given.quick else (given.rounds, given.batch)
+    rounds = 3 if given.quick else given.rounds
     device = torch.device("cuda" if gpu else "cpu")
+    ratios: dict[str, list[float]] = {}
     figures: dict[str, float] = {}
     for family in given.only:
-        figures |= compare(family, *known[family], device, rounds, batch, given.precision)
-    over = {name: value for name, value in figures.items() if name.endswith("_over_timm")}
-    figures["worst_family_over_timm"] = min(over.values())
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+        found, more = compare(family, *known[family], device, rounds, given.batch, given.precision)
+        ratios, figures = ratios | found, figures | more
+    over = [median(values) for name, values in ratios.items() if name.endswith("_over_timm")]
+    report(ratios, figures | {"worst_family_over_timm": min(over)})
 
 
 def compare(
@@ -76,8 +78,8 @@ def compare(
     rounds: int,
     batch: int,
     precision: str,
-) -> dict[str, float]:
-    """timm's time over ours, and on a GPU what ours does."""
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """timm's time over ours in each round, and on a GPU what ours does."""
     config = preset(ours)
     models = {"ours": own(config, device)}
     models["timm"] = load("timm").create_model(theirs, num_classes=1000).to(device)
@@ -92,12 +94,8 @@ def compare(
     times = measure(ways, rounds)
     for name, values in times.items():
         print(f"{family:13} {name:14} {batch / median(values):9.1f} pictures/s", flush=True)
-    figures = {
-        f"{family}_over_{name}": median(a / b for a, b in zip(times[name], times["ours"], strict=True))
-        for name in times
-        if name != "ours"
-    }
-    return figures | (on_gpu(family, config, batch / median(times["ours"])) if device.type == "cuda" else {})
+    ratios = {f"{family}_over_{name}": divide_rounds(times[name], times["ours"]) for name in times if name != "ours"}
+    return ratios, on_gpu(family, config, batch / median(times["ours"])) if device.type == "cuda" else {}
 
 
 def own(config: Architecture, device: torch.device) -> nn.Module:
@@ -126,19 +124,19 @@ def training(model: nn.Module, images: Tensor, precision: str) -> Callable[[], N
 
 
 def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of the best of a few passes, in each round; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            spent = []
-            for _ in range(PASSES if turn else 1):
-                began = time.perf_counter()
-                ways[name]()
-                spent.append(time.perf_counter() - began)
-            if turn:
-                times[name].append(min(spent))
-    return times
+    """Seconds of the best of a few passes, in each round; one pass of each warms up."""
+
+    def timed(way: Callable[[], None]) -> Callable[[int], float]:
+        def turn(number: int) -> float:
+            began = time.perf_counter()
+            way()
+            return time.perf_counter() - began
+
+        return turn
+
+    passes = take_turns({name: timed(way) for name, way in ways.items()}, rounds * PASSES)
+    starts = range(0, rounds * PASSES, PASSES)
+    return {name: [min(each[start : start + PASSES]) for start in starts] for name, each in passes.items()}
 
 
 def on_gpu(family: str, config: Architecture, rate: float) -> dict[str, float]:

@@ -14,12 +14,11 @@ sum of the bare calls of simplejpeg and OpenCV, `reencode_over_img2dataset` agai
 
 `two_over_one`: a whole build with Ray, by two workers and by one.
 
-PYTHON is an interpreter that has mosaicml-streaming and img2dataset, whose dependencies do not go together with ours:
-
-    python -m venv PEERS && PEERS/bin/pip install mosaicml-streaming img2dataset webdataset
-
-Without it these two ratios are left out. The pictures are drawn here (1/f noise, 500 x 375, about 80 kB as JPEG) and
-lie in memory (/dev/shm) where there is such a place, so that no disk is measured. Last line: the medians as JSON.
+PYTHON is an interpreter that has mosaicml-streaming and img2dataset, whose dependencies do not go together with ours;
+`benchmarks/peers/install.sh PEERS` makes PEERS/bin/python. Without it these two ratios are left out. The pictures are
+drawn here (1/f noise, 500 x 375, about 80 kB as JPEG) and lie in memory (/dev/shm) where there is such a place, so that
+no disk is measured. --quick takes fewer rounds of fewer pictures, as many for each worker. Last line: the medians as
+JSON.
 """
 
 import argparse
@@ -27,7 +26,6 @@ import hashlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,6 +33,9 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from statistics import median
+
+from peers.contest import divide_rounds, report, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT_SIDE, QUALITY = 256, 95
@@ -50,7 +51,7 @@ def main() -> None:
     if given.contestant:
         print(json.dumps(CONTESTANTS[given.contestant](Path(given.folder))))
         return
-    rounds, count = (3, 1500) if given.quick else (7, 4000)
+    rounds, count = (3, 1600) if given.quick else (7, 4000)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="vitscale-", dir=memory) as folder:
         draw(Path(folder) / "pictures", count)
@@ -59,21 +60,17 @@ def main() -> None:
 
 def race(folder: Path, rounds: int, peers: str, count: int) -> None:
     """Let all run in turns and say how they did."""
-    times: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name in CONTESTANTS:
-            if name in FOREIGN and not peers:
-                continue
-            times.setdefault(name, []).append(seconds(name, folder, peers if name in FOREIGN else sys.executable))
-    for name, all_of_it in times.items():
-        shown = ", ".join(f"{count / one:,.0f}" for one in all_of_it)
-        print(f"{name:<22}{count / statistics.median(all_of_it):>9,.0f} pictures/s   [{shown}]", flush=True)
-    ratios = {}
-    for ratio, (ours, theirs) in RATIOS.items():
-        if theirs in times:
-            pairs = zip(times[ours], times[theirs], strict=True)
-            ratios[ratio] = round(statistics.median(b / a for a, b in pairs), 3)
-    print(json.dumps(ratios), flush=True)
+    names = [name for name in CONTESTANTS if peers or name not in FOREIGN]
+    turns = {
+        name: lambda number, name=name: seconds(name, folder, peers if name in FOREIGN else sys.executable)
+        for name in names
+    }
+    times = take_turns(turns, rounds, warm=0)  # each contestant warms up in its own process
+    for name in names:
+        shown = ", ".join(f"{count / one:,.0f}" for one in times[name])
+        print(f"{name:<22}{count / median(times[name]):>9,.0f} pictures/s   [{shown}]", flush=True)
+    pairs = {ratio: pair for ratio, pair in RATIOS.items() if pair[1] in times}
+    report({ratio: divide_rounds(times[theirs], times[ours]) for ratio, (ours, theirs) in pairs.items()})
 
 
 def seconds(name: str, folder: Path, python: str) -> float:
@@ -263,6 +260,7 @@ def bare(folder: Path) -> float:
 
 
 def img2dataset(folder: Path) -> float:
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # which it would look for in the network
     import cv2
     from img2dataset.resizer import Resizer
 

@@ -46,11 +46,11 @@ class Plain:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help="fewer steps, one seed")
+    arguments.add_argument("--quick", action="store_true", help="150 steps, one seed")
     arguments.add_argument("--steps", type=int, default=400)
     arguments.add_argument("--seeds", type=int, default=3)
     given = arguments.parse_args()
-    steps, seeds = (5, 1) if given.quick else (given.steps, given.seeds)
+    steps, seeds = (150, 1) if given.quick else (given.steps, given.seeds)
     command = [sys.executable, "jobs/prepare.py", "fashion_mnist", "--to", "demo/sets"]
     subprocess.run(command, cwd=ROOT, check=True)
     figures: dict[str, float] = {}

@@ -8,14 +8,14 @@ own engine and objective, in bf16 with fp32 master weights and compiled blocks; 
 autocast and fp32 weights, as their users write them: timm eager, timm compiled, transformers compiled. On a CPU all are
 in fp32 and none is compiled: that shows that the script works, and says nothing of a GPU.
 
-Turns go round, one not measured and then `--rounds` of `--steps` steps; ratios are medians over rounds. Last line, as
-JSON, for each model: pictures/s, `mfu` (three forward passes' FLOPs over `--peak`, by default an H100's or H200's
-dense bf16), `share_of_matmul` (over a bf16 matmul of 8192 in this run), peak gigabytes, and ours over each other.
+Contestants take turns, one not measured and then `--rounds` of `--steps` steps; ratios are medians over rounds. --quick
+takes fewer rounds. Last line, as JSON, for each model: pictures/s, `mfu` (three forward passes' FLOPs over `--peak`, by
+default an H100's or H200's dense bf16), `share_of_matmul` (over a bf16 matmul of 8192 in this run), peak gigabytes, and
+ours over each other.
 """
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peers.contest import divide_rounds, report, take_turns
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -52,6 +53,7 @@ MODELS = {
     "vit_l16": ("vit_large_patch16_224", 128),
     "vit_h14": ("vit_huge_patch14_224", 64),
 }
+MATMUL = "matmul"
 Step = Callable[[], object]
 
 
@@ -164,18 +166,21 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=10 if gpu else 2)
     arguments.add_argument("--batch", type=int, help="pictures in a step, in place of the model's own number")
     arguments.add_argument("--peak", type=float, default=989e12, help="FLOP/s of the device")
-    arguments.add_argument("--quick", action="store_true", help="fewer rounds and steps")
+    arguments.add_argument("--quick", action="store_true", help="three rounds")
     given = arguments.parse_args()
-    rounds, steps = (1, 2) if given.quick else (given.rounds, given.steps)
+    rounds = 3 if given.quick else given.rounds
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if gpu else "cpu")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK="0")
     dist.init_process_group("nccl" if gpu else "gloo", rank=0, world_size=1)
+    ratios: dict[str, list[float]] = {}
     figures: dict[str, float] = {}
     for name in given.only:
         pictures = given.batch or (MODELS[name][1] if gpu else 8)
-        figures |= measured(setting_of(name, pictures, device), given.contestants, rounds, steps, given.peak)
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+        setting = setting_of(name, pictures, device)
+        found, more = measured(setting, given.contestants, rounds, given.steps, given.peak)
+        ratios, figures = ratios | found, figures | more
+    report(ratios, figures)
     dist.destroy_process_group()
 
 
@@ -192,22 +197,22 @@ def setting_of(name: str, pictures: int, device: torch.device) -> Setting:
     return Setting(name, model, Batch(images, labels, numbers, torch.ones(pictures), torch.zeros_like(numbers)), device)
 
 
-def measured(setting: Setting, names: list[str], rounds: int, steps: int, peak: float) -> dict[str, float]:
-    """What each contestant does with one model."""
+def measured(
+    setting: Setting, names: list[str], rounds: int, steps: int, peak: float
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """What each contestant does with one model: ratios in each round, and figures of ours."""
     made, gigabytes = {}, {}
     for name in names:  # the first steps, in which things are compiled, with the memory of one at a time
         others = torch.cuda.memory_allocated() if setting.gpu else 0
         made[name] = CONTESTANTS[name](setting)
         gigabytes[name] = (highest(setting, made[name]) - others) / 1e9
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    ceilings = []
-    for number in range(rounds + 1):
-        ceilings.append(matmul_rate(setting.device))
-        for name in names if number % 2 else reversed(names):
-            seconds[name].append(turn(setting, made[name], steps))
+    turns = {name: lambda number, step=step: turn(setting, step, steps) for name, step in made.items()}
+    found = take_turns({MATMUL: lambda number: matmul_rate(setting.device), **turns}, rounds)
+    turns.clear()
     made.clear()
     gc.collect()
-    return report(setting, {name: taken[1:] for name, taken in seconds.items()}, median(ceilings[1:]), peak, gigabytes)
+    ceiling = median(found.pop(MATMUL))
+    return compared(setting, found, ceiling, peak, gigabytes)
 
 
 def highest(setting: Setting, step: Step) -> int:
@@ -248,11 +253,12 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * side**3 / best
 
 
-def report(
+def compared(
     setting: Setting, seconds: dict[str, list[float]], ceiling: float, peak: float, gigabytes: dict[str, float]
-) -> dict[str, float]:
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     name, pictures = setting.name, len(setting.batch.images)
     work = 6 * flops.macs(setting.model, CLASSES) * pictures  # FLOPs of a step: three forward passes
+    ratios: dict[str, list[float]] = {}
     figures: dict[str, float] = {}
     for who, taken in seconds.items():
         each = median(taken)
@@ -263,9 +269,8 @@ def report(
         if who == "ours":
             figures |= {f"{name}_{key}": value for key, value in said.items()}
         elif "ours" in seconds:
-            ratios = [theirs / mine for theirs, mine in zip(taken, seconds["ours"], strict=True)]
-            figures[f"{name}_over_{who.replace(' ', '_')}"] = median(ratios)
-    return figures
+            ratios[f"{name}_over_{who.replace(' ', '_')}"] = divide_rounds(taken, seconds["ours"])
+    return ratios, figures
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 ViT-Ti/16 at 224 pixels, fp32. Ours is the run itself (`pipeline.train.run.work`): photographs of `photographs.py` read
 from shards, decoded and cropped, the engine, logging to MLflow, a checkpoint every 50 steps; the plain loops go over
 batches that lie in memory, and write nothing. Every contestant is a group of processes that waits until it is its turn;
-turns go round, one not measured and then `--rounds` of `--steps` steps; figures are medians over rounds of ratios
-within a round. With two processes each has half of the threads.
+they take turns, one not measured and then `--rounds` of `--steps` steps; figures are medians over rounds of ratios
+within a round. With two processes each has half of the threads. --quick takes fewer rounds of fewer steps.
 
 Last line, as JSON: `step_over_bare` (the slower of ZeRO-1 and -2 beside a loop of PyTorch alone),
 `step_over_deepspeed`, `two_over_ddp`, `ray_over_torchrun`, `quiet_over_saving` (at one checkpoint in 100 steps: what
@@ -34,6 +34,8 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from peers.contest import divide_rounds, report, take_turns  # noqa: E402
 
 from pipeline.architectures.vit import vit_ti16  # noqa: E402
 from pipeline.config import Config, Data, Optim, from_dict, to_dict  # noqa: E402
@@ -228,7 +230,7 @@ class Group:
         except TimeoutError as error:
             raise RuntimeError(f"{name} does not start:\n{(self.folder / 'log.txt').read_text()[-3000:]}") from error
 
-    def turn(self) -> float:
+    def turn(self, number: int) -> float:
         """The seconds of a turn."""
         self._line.write(b"g")
         said = self._line.readline()
@@ -283,7 +285,7 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--count", type=int, default=512, help="photographs")
     arguments.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    arguments.add_argument("--quick", action="store_true", help="fewer and smaller")
+    arguments.add_argument("--quick", action="store_true", help="three rounds of four steps")
     given = arguments.parse_args()
     if given.contestant:
         kind, folder, port, steps, threads = given.contestant
@@ -291,11 +293,11 @@ def main() -> None:
             return in_ray(Path(folder), int(port), int(steps), int(threads))
         return contestant(kind, Path(folder), int(port), int(steps), int(threads))
     if given.quick:
-        given.rounds, given.steps, given.count = 1, 4, 64
+        given.rounds, given.steps, given.count = 3, 4, 64
     with tempfile.TemporaryDirectory(prefix="vitscale-", ignore_cleanup_errors=True) as folder:
         config = prepared(Path(folder), given.count, given.batch)
         seconds, matmul = course(config, Path(folder), given.only, given.steps, given.rounds)
-    report(config, seconds, matmul, given.steps)
+    report(*compared(config, seconds, matmul, given.steps))
 
 
 def course(
@@ -303,18 +305,18 @@ def course(
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of each contestant's turns, and the matmul's FLOP/s of each round; the first round is not kept."""
     groups = {name: Group(name, config, folder, steps) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    matmul = []
-    for number in range(rounds + 1):
-        matmul.append(matmul_rate())
-        for name in names if number % 2 else reversed(names):
-            seconds[name].append(groups[name].turn())
+    turns = {name: group.turn for name, group in groups.items()}
+    seconds = take_turns({"matmul": lambda number: matmul_rate(), **turns}, rounds)
     for group in groups.values():
         group.end()
-    return {name: taken[1:] for name, taken in seconds.items()}, matmul[1:]
+    matmul = seconds.pop("matmul")
+    return seconds, matmul
 
 
-def report(config: Config, seconds: dict[str, list[float]], matmul: list[float], steps: int) -> None:
+def compared(
+    config: Config, seconds: dict[str, list[float]], matmul: list[float], steps: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Ratios in each round, and figures."""
     for name, taken in seconds.items():
         print(f"{name:14}{median(taken) / steps * 1000:10.1f} ms a step")
     wanted = {
@@ -323,21 +325,21 @@ def report(config: Config, seconds: dict[str, list[float]], matmul: list[float],
         "two_over_ddp": [("DDP of two", "ours of two")],
         "ray_over_torchrun": [("ours zero 1", "ours in Ray")],
     }
-    figures = {}
+    ratios: dict[str, list[float]] = {}
     for name, pairs in wanted.items():
         there = [(seconds[a], seconds[b]) for a, b in pairs if a in seconds and b in seconds]
         if there:
-            figures[name] = min(median(x / y for x, y in zip(a, b, strict=True)) for a, b in there)
+            ratios[name] = min((divide_rounds(a, b) for a, b in there), key=median)
     if {"ours quiet", "ours saving"} <= seconds.keys():
         turns = [
             (quiet, saving - quiet) for quiet, saving in zip(seconds["ours quiet"], seconds["ours saving"], strict=True)
         ]
-        figures["quiet_over_saving"] = median(1 / (1 + added / (quiet * 100 / steps)) for quiet, added in turns)
+        ratios["quiet_over_saving"] = [1 / (1 + added / (quiet * 100 / steps)) for quiet, added in turns]
     if "ours zero 1" in seconds:
         work = 3 * 2 * flops.macs(config.model, config.classes) * config.batch * steps
         rates = zip(seconds["ours zero 1"], matmul, strict=True)
-        figures["flops_over_matmul"] = median(work / taken / rate for taken, rate in rates)
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+        ratios["flops_over_matmul"] = [work / taken / rate for taken, rate in rates]
+    return ratios, {f"{name.replace(' ', '_')}_ms": median(taken) / steps * 1000 for name, taken in seconds.items()}
 
 
 if __name__ == "__main__":

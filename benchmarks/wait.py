@@ -5,14 +5,14 @@
 Photographs of about 500 x 375 (`photographs.py`) are packed into shards; then, in turns and several rounds, (a) the
 feed alone, (b) training steps on a batch that lies on the device, (c) training steps on what the feed gives. A step is
 forward, backward and AdamW at 224 pixels: on a GPU in bf16 with compiled blocks and fp32 weights, on a CPU in fp32 by a
-tiny model, which shows no more than that it runs. Needs neither Ray nor DeepSpeed.
+tiny model in batches of 16, which shows no more than that it runs. Needs neither Ray nor DeepSpeed. --quick takes fewer
+steps and photographs.
 
 Last line, as JSON, medians: pictures/s of each, `wait_share` (time in which (c) waited, of all its time), and
 `real_over_synthetic`, (c) over (b).
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -23,6 +23,7 @@ from statistics import median
 
 import torch
 from peers import sets
+from peers.contest import divide_rounds, report
 from torch import Tensor
 
 from pipeline.architectures.vit import Vit, vit_b16, vit_h14, vit_l16
@@ -41,26 +42,23 @@ WARM = 5  # steps before anything is measured
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", choices=MODELS, default="b16")
-    arguments.add_argument("--batch", type=int, default=256)
+    arguments.add_argument("--batch", type=int, default=256 if torch.cuda.is_available() else 16)
     arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments.add_argument("--steps", type=int, default=100)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--count", type=int, default=4096, help="photographs")
-    arguments.add_argument("--quick", action="store_true", help="fewer and smaller")
+    arguments.add_argument("--quick", action="store_true", help="fewer steps and photographs")
     given = arguments.parse_args()
     if given.quick:
-        given.batch, given.steps, given.rounds, given.count = 16, 4, 1, 128
+        given.steps, given.count = (20, 1024) if torch.cuda.is_available() else (8, 256)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MODELS[given.model] if device.type == "cuda" else TINY
     with tempfile.TemporaryDirectory(prefix="vitscale-") as folder:
         config = prepared(Path(folder), given.count, given.batch, given.threads, model)
         rates = measure(config, device, given.steps, given.rounds)
-    figures = {name: median(values) for name, values in rates.items()}
-    figures["real_over_synthetic"] = median(
-        real / synthetic for real, synthetic in zip(rates["real"], rates["synthetic"], strict=True)
-    )
     named = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "threads": given.threads}
-    print(json.dumps(named | {name: round(value, 4) for name, value in figures.items()}))
+    ratios = {"real_over_synthetic": divide_rounds(rates["real"], rates["synthetic"])}
+    report(ratios, named | {name: median(values) for name, values in rates.items()})
 
 
 def prepared(folder: Path, count: int, batch: int, threads: int, model: Vit) -> Config:
