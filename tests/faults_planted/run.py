@@ -46,6 +46,8 @@ EXIT_SECONDS = 20.0
 """For the end of the process after that of its tests."""
 BASELINE_SECONDS = 3600.0
 """For all named tests together, without a fault."""
+WIDTH = 240
+"""Characters of what is said of the first test that failed."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Outcome:
 
     passed: int
     failed: tuple[str, ...]
+    """Each with what it says was wrong."""
     other: str
     """Errors, skips or the end of the time, in words; empty where there was none."""
     seconds: float
@@ -162,8 +165,8 @@ def _outcome(report: Path, seconds: float, said: str) -> Outcome:
     for case in xml.parse(report).getroot().iter("testcase"):
         kinds = {each.tag for each in case} & {"failure", "error", "skipped"}
         passed += not kinds
-        if "failure" in kinds:
-            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        for failure in case.iter("failure"):
+            failed.append(f"{case.get('name')}: {' '.join(failure.get('message', '').split())}")
         for kind in kinds - {"failure"}:
             others[kind] = others.get(kind, 0) + 1
     if not passed and not failed and not others:
@@ -278,8 +281,8 @@ def _tell_baseline(outcome: Outcome) -> bool:
 
 def _tell(fault: Fault, outcome: Outcome, wrong: str) -> bool:
     """Print a line of the table; whether the fault is caught."""
-    by = outcome.failed[0].rpartition("::")[2] if outcome.failed else outcome.other
-    print(f"{wrong or 'caught':14}  {fault.name:32}  {outcome.seconds:5.0f} s  {by}", flush=True)
+    by = outcome.failed[0] if outcome.failed else outcome.other
+    print(f"{wrong or 'caught':14}  {fault.name:32}  {outcome.seconds:5.0f} s  {by[:WIDTH]}", flush=True)
     if wrong:
         print("\n".join(f"    {line}" for line in outcome.said.splitlines()[-30:]), flush=True)
     return not wrong
