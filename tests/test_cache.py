@@ -24,6 +24,7 @@ from pipeline.data.ahead import Ahead
 from pipeline.data.cache import Cache, Verified
 from pipeline.data.plan import Need, needed, order
 from shards.manifest import Shard, ShardSet
+from shards.storage import digest
 from tests import tiny
 
 pytestmark = pytest.mark.timeout(120)
@@ -46,6 +47,14 @@ def test_every_copy_of_the_cache_is_whole_and_right(shards: ShardSet, tmp_path: 
             assert cached(cache, shards, shard).read_bytes() == (shards.folder.local / shard.name).read_bytes()
     count = len(shards.manifest.shards)
     assert (cache.misses, cache.hits) == (count, count)
+
+
+def test_a_copy_of_another_file_of_the_same_name_is_never_taken(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 10**9, wait_seconds=10)
+    for side in (12, 16):
+        shards = tiny.shard_set(tmp_path / f"set-{side}", side=side)
+        for shard in shards.manifest.shards:
+            assert digest(cached(cache, shards, shard)) == shard.sha256
 
 
 def test_a_cache_refuses_what_has_another_digest_than_the_manifest_says(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pipeline.data.corpus import Corpus
 from pipeline.data.loader import Batch, Feed
 from pipeline.data.refused import Refused
 from pipeline.objectives.classify import loss
+from pipeline.train.evaluate import evaluate
 from pipeline.train.objective import to_device
 from pipeline.world import World
 from shards.manifest import ShardSet
@@ -175,6 +176,18 @@ def test_an_evaluation_looks_at_every_picture_once_whatever_the_processes(shards
     ]
     assert counted == [(i, f"picture-{i:04}") for i in range(sum(SET_SIZES))]
     assert sum(float(batch.weights.sum()) for batch in batches) == sum(SET_SIZES)
+
+
+def test_what_fills_a_batch_makes_no_model_better_or_worse(shards: ShardSet) -> None:
+    corpus, config = Corpus([shards]), tiny.config(shards)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 12 * 12, 3))
+    found = [
+        evaluate(model, Feed(corpus, config).evaluation(batch), config, CPU, lambda sums: sums) for batch in (1, 7, 32)
+    ]
+    assert [each["count"] for each in found] == 3 * [sum(SET_SIZES)]
+    assert found[0]["accuracy"] == found[1]["accuracy"] == found[2]["accuracy"]
+    assert [each["loss"] for each in found] == pytest.approx(3 * [found[0]["loss"]], rel=1e-5)
 
 
 def test_every_label_belongs_to_its_picture(shards: ShardSet) -> None:

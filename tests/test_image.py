@@ -73,6 +73,10 @@ def test_the_middle_is_in_the_middle() -> None:
     crops = central_crops(np.array([256, 300]), np.array([300, 256]), share=7 / 8)
     assert crops.width.tolist() == crops.height.tolist() == [224, 224]
     assert crops.left.tolist() == [16, 38] and crops.top.tolist() == [38, 16]
+    height, width = (sides.ravel() for sides in np.mgrid[1:40, 1:40])
+    crops = central_crops(width, height, share=7 / 8)
+    for before, kept, side in ((crops.left, crops.width, width), (crops.top, crops.height, height)):
+        assert set((side - kept - 2 * before).tolist()) == {0, 1}, "as much is left out behind it as before"
 
 
 def test_a_cut_without_scaling_is_the_pixels_themselves_and_a_mirrored_one_their_mirror() -> None:

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pytest
 from ray import cloudpickle
 
-from shards.build import build, make_shard
+from shards.build import build, finish, make_shard, parts
 from shards.datasets import fashion_mnist, find, known
 from shards.image import KEEP, encode
-from shards.manifest import INDEX, MANIFEST, ShardSet
+from shards.manifest import INDEX, MANIFEST, Manifest, ShardSet
 from shards.recipe import Recipe
 from shards.sources import Arrays, Origin, Picture, Pictures, listing
 from shards.storage import Folder
@@ -156,6 +156,24 @@ def test_whatever_was_made_before_a_build_ends_as_if_undisturbed(
     (Folder(str(half)) / "parts").create("recipe.json", _claim_of(tmp_path, wanted))
     (half / f".000003.tar.{'a' * 32}").write_bytes(b"what a killed writer leaves")
     assert make(half, given(40)) == make(tmp_path / "whole", given(40))
+
+
+def test_no_set_is_there_before_each_of_its_files_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, plan = Folder(str(tmp_path)), recipe().plan(40)
+    for shard in range(plan.shards):
+        make_shard(shard, given(40).take(plan.numbers(shard)), target, KEEP)
+    draft = Manifest("test/all", recipe().values(), ("a", "b", "c"), (), {}, {})
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "put", full)
+        with pytest.raises(OSError, match="no space left"):
+            finish(draft, parts(plan.shards, target), target, 0.01)
+    assert not target.exists(MANIFEST)
+    finish(draft, parts(plan.shards, target), target, 0.01)
+    assert ShardSet(target.url).manifest.samples == 40
 
 
 def _claim_of(tmp_path: Path, wanted: Recipe) -> bytes:

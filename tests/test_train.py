@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from pipeline.config import Augment
 from pipeline.data import decode
 from pipeline.track import log
-from pipeline.train.folder import open_folder
-from pipeline.train.run import refuse_other_decoder
+from pipeline.train.folder import Job, open_folder
+from pipeline.train.run import refuse_other_decoder, work
+from pipeline.world import World
 from shards.manifest import ShardSet
 from shards.storage import Folder
 from tests import tiny
@@ -68,6 +69,15 @@ def test_no_process_of_a_run_decodes_by_something_else_than_the_first(
         refuse_other_decoder(folder)
     folder.remove("decoder")
     refuse_other_decoder(folder)
+
+
+def test_a_run_whose_pictures_were_decoded_by_something_else_ends_before_it_begins(tmp_path: Path) -> None:
+    shards = tiny.shard_set(tmp_path / "set")
+    folder = Folder(str(tmp_path / "run"))
+    folder.write("decoder", b"another")
+    with pytest.raises(ValueError, match="was begun with pictures decoded by another, this machine has"):
+        work(Job(tiny.config(shards), folder.absolute, "", "", "tiny"), World(), torch.device("cpu"), print)
+    assert set(folder.sizes()) == {"decoder"} and not folder.folders()
 
 
 def losses(place: Path, mlflow_run: str, steps: int = STEPS) -> list[float]:

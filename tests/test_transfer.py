@@ -301,6 +301,13 @@ def test_a_sweep_that_is_killed_anywhere_goes_on_as_if_nothing_had_happened(
     assert table(folder) == table(quiet)
 
 
+def test_of_all_who_have_a_result_of_one_trial_the_first_counts_for_each(tmp_path: Path) -> None:
+    first, second, third = (Results(Folder(str(tmp_path))) for _ in range(3))
+    assert first.store("trial", {"accuracy": 0.5}) == {"accuracy": 0.5}
+    assert second.store("trial", {"accuracy": 0.25}) == second.known["trial"] == {"accuracy": 0.5}
+    assert third.load() == {"trial": {"accuracy": 0.5}}
+
+
 def test_a_task_or_a_rate_that_is_added_has_nothing_done_again(tmp_path: Path) -> None:
     work = Counted()
     reconcile(wanted(tasks=[DIGITS], rates=(0.01,)), tmp_path, work)
