@@ -30,6 +30,9 @@ FILER = ("filer.port", "filer.port.grpc")
 # and whatever home its processes have.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
+# Several workers share the processors: threads of one that wait for those of another would do nothing but wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def home() -> Iterator[None]:

@@ -1,10 +1,14 @@
-"""Processes of a run, without the seconds that each takes to import torch and DeepSpeed: all are forked from one."""
+"""Processes without the seconds that each takes to import torch, Ray or MLflow: all are forked from one."""
 
+import atexit
 import os
+import runpy
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,6 +20,7 @@ import torch.multiprocessing as mp
 
 from pipeline.world import World
 
+ROOT = Path(__file__).resolve().parents[1]
 _FORKED = mp.get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.preloaded"])
 
@@ -75,6 +80,49 @@ def run_ranks(function: Callable[..., Any], *given: Any, size: int, seconds: flo
         return code, output.read_text() if output.exists() else ""
 
 
+def run_job(
+    name: str,
+    *words: object,
+    env: Mapping[str, str] = os.environ,
+    cwd: Path | str = ROOT,
+    timeout: float = 120.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python jobs/NAME WORDS` in a process of its own, which has imported already what most jobs need."""
+    with tempfile.TemporaryDirectory() as aside:
+        argv = [str(ROOT / "jobs" / name), *map(str, words)]
+        process = _FORKED.Process(target=_run_script, args=(argv, aside, dict(env), str(cwd)))
+        process.start()
+        process.join(timeout)
+        if late := process.exitcode is None:
+            process.kill()
+            process.join()
+        said = [path.read_text() if path.exists() else "" for path in (Path(aside) / "1", Path(aside) / "2")]
+        assert not late, f"{name} has not ended after {timeout} s: {said}"
+        return subprocess.CompletedProcess(argv, process.exitcode or 0, *said)
+
+
+def _run_script(argv: list[str], aside: str, environment: dict[str, str], cwd: str) -> None:
+    _send_output(f"{aside}/1", f"{aside}/2")
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(cwd)
+    sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process would leave them out, and a Ray that it has started
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _send_output(*files: str) -> None:
+    """Let stdout and stderr go to these files."""
+    for number, file in enumerate(files, 1):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, number)
+        os.close(opened)
+
+
 def _first_failure(processes: list[BaseProcess], limit: float) -> int:
     while time.monotonic() < limit:
         codes = [process.exitcode for process in processes]
@@ -95,9 +143,7 @@ def _play(
     function: Callable[..., Any],
     given: tuple[Any, ...],
 ) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    _send_output(output, output)
     os.environ |= environment
     _join(rank, size, place)
     function(World(rank, size), *given)

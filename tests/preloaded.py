@@ -2,9 +2,13 @@
 
 import tempfile
 
+import altair  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import ray  # noqa: F401
 import torch
 
-import pipeline.train.run  # noqa: F401
+import pipeline.train.run
+import pipeline.transfer.sweep  # noqa: F401
 from pipeline.track import log
 from pipeline.train.engine import library
 

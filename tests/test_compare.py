@@ -5,7 +5,6 @@ import math
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -23,6 +22,7 @@ from pipeline.insight.report import compare
 from pipeline.insight.scaling import POINTS, front, law, missing
 from pipeline.track.runs import Point, Run, check, read, tracking_uri
 from tests.browser import drawn
+from tests.gang import run_job
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,14 +110,8 @@ def runs(uri: str) -> list[Run]:
 @pytest.fixture(scope="module")
 def written(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     folder = tmp_path_factory.mktemp("report")
-    said = subprocess.run(
-        [sys.executable, "jobs/compare.py", "--to", str(folder), "--tracking-uri", uri],
-        cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "160", "HOME": str(folder), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    env = {"PATH": "/usr/bin:/bin", "COLUMNS": "160", "HOME": str(folder)}
+    said = run_job("compare.py", "--to", folder, "--tracking-uri", uri, env=env)
     assert said.returncode == 0, said.stderr
     yield folder, said.stdout
 
@@ -378,14 +372,7 @@ def test_a_browser_draws_the_page_within_any_width(written: tuple[Path, str], tm
 
 
 def compare_command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "jobs/compare.py", *arguments],
-        cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_job("compare.py", *arguments, env={"PATH": "/usr/bin:/bin", **env})
 
 
 @pytest.mark.timeout(120)

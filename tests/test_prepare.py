@@ -25,6 +25,7 @@ from shards.sources import Arrays, Origin, Picture, Pictures, listing
 from shards.storage import Folder
 from shards.verify import verify
 from tests.family import kill_all
+from tests.gang import run_job
 
 pytestmark = pytest.mark.timeout(180)
 PREPARE = Path(__file__).resolve().parents[1] / "jobs" / "prepare.py"
@@ -94,9 +95,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def prepare(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PREPARE), *map(str, words)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | environment
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return run_job("prepare.py", *words, env=environment)
 
 
 # what a build makes

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from pipeline.data.loader import Feed
 from pipeline.insight.batch import batch
 from pipeline.world import World
 from tests import tiny
+from tests.gang import run_job
 
 pytestmark = pytest.mark.timeout(60)
-SHOW = Path(__file__).resolve().parents[1] / "jobs" / "show.py"
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def test_what_is_shown_of_every_step_is_what_the_processes_were_given(run: Path,
 
 
 def show(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SHOW), *map(str, words)], capture_output=True, text=True)
+    return run_job("show.py", *words)
 
 
 def test_the_command_lists_and_draws_the_step_wherever_the_shards_lie_now(run: Path, tmp_path: Path) -> None:

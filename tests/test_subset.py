@@ -1,7 +1,5 @@
 """Laws of parts of shard sets: they hold what they should, are sets themselves, and lie within each other."""
 
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +11,11 @@ from shards.storage import Folder
 from shards.subset import Part, subset
 from shards.verify import verify
 from tests import tiny
+from tests.gang import run_job
 from tests.test_factory import images
 
 pytestmark = pytest.mark.timeout(120)
 SIZES = (70, 50, 110, 90)
-PREPARE = Path(__file__).resolve().parents[1] / "jobs" / "prepare.py"
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +97,12 @@ def test_a_target_that_holds_another_part_is_refused(whole: ShardSet, tmp_path: 
     ],
 )
 def test_every_mistake_is_answered_in_one_line(whole: ShardSet, tmp_path: Path, words: list[str], answer: str) -> None:
-    command = [sys.executable, str(PREPARE), "subset", whole.folder.absolute, "--to", str(tmp_path / "a"), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_job("prepare.py", "subset", whole.folder.absolute, "--to", tmp_path / "a", *words)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {answer}\n")
 
 
 def test_the_command_describes_a_part(whole: ShardSet, tmp_path: Path) -> None:
     to = str(tmp_path / "tenth")
-    command = [sys.executable, str(PREPARE), "subset", whole.folder.absolute, "--to", to, "--share", "0.1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_job("prepare.py", "subset", whole.folder.absolute, "--to", to, "--share", "0.1")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"subset: 32 pictures of {whole.folder.absolute} are described at {to}\n"

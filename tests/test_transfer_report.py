@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from shards.sources import Origin
 from shards.storage import Folder
 from tests import test_finetune, tiny
 from tests.browser import drawn
+from tests.gang import run_job
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -501,14 +501,7 @@ def written(folder: Path) -> Path:
 
 
 def report(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "jobs/finetune.py", "report", *words],
-        cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    return run_job("finetune.py", "report", *words, env={"PATH": "/usr/bin:/bin", "COLUMNS": "160"})
 
 
 def test_the_command_prints_what_it_writes_and_where(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -49,6 +48,7 @@ from pipeline.models.build import build
 from pipeline.models.weights import bit, exported, files, foreign, huggingface, npz, timm
 from pipeline.models.weights.fit import Head, fitted, take
 from shards.storage import Folder
+from tests.gang import run_job
 from tests.timm import load as module_of_timm
 
 pytestmark = pytest.mark.timeout(300)
@@ -881,8 +881,7 @@ def test_every_mistake_of_the_command_is_named_and_writes_nothing(
 
 
 def test_every_mistake_of_the_command_is_a_line(tmp_path: Path) -> None:
-    words = [sys.executable, str(EXPORT), str(tmp_path), "--to", "x", "--format", "npz"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = run_job("export.py", tmp_path, "--to", "x", "--format", "npz")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "holds no export" in done.stderr
 
 
