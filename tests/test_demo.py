@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "jobs"))
 import demo  # noqa: E402 - a script, not a package
 
-from shards.stages import Plain, View  # noqa: E402
+from shards.stages import LiveStages, PrintedStages  # noqa: E402
 
 
 @pytest.fixture
@@ -113,14 +113,14 @@ def test_the_files_of_a_ray_that_fails_are_kept_and_their_place_is_said(
     assert str(session) in said
 
 
-@pytest.mark.parametrize("kind", [Plain, View])
+@pytest.mark.parametrize("kind", [PrintedStages, LiveStages])
 def test_a_stage_that_fails_shows_all_that_its_job_has_printed(
     kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     lines = ["digits: 1 of 9 pictures (11 %)", "Traceback (most recent call last):", "error: [bold] no room"]
     prints = "; ".join(f"echo '{line}'" for line in lines)
     monkeypatch.setattr(demo, "_beside_python", lambda name: script(tmp_path / name, f"{prints}; exit 1"))
-    stage = demo.Job("prepare", command=("prepare.py",))
+    stage = demo.DemoStage("prepare", command=("prepare.py",))
     with pytest.raises(RuntimeError, match="prepare has failed"), kind([stage]) as view:
         demo.submit(stage, tmp_path, dict(os.environ), view, every=5)
     said = capsys.readouterr().out
