@@ -31,7 +31,7 @@ from pipeline import code
 from pipeline.cli import parse, run
 from shards.datasets import find
 from shards.progress import EVERY
-from shards.stages import Plain, Stage, View
+from shards.stages import LiveStages, PrintedStages, StageProgress
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300
@@ -56,7 +56,7 @@ class Arguments:
     """Only so much that every kind of stage runs: results are worth nothing."""
 
 
-class Size(NamedTuple):
+class DemoSize(NamedTuple):
     """How much of everything is done."""
 
     runs: dict[str, tuple[str, ...]]
@@ -73,7 +73,7 @@ def model(width: int, depth: int) -> tuple[str, ...]:
 
 
 TASKS = "digits,mnist,fashion_offset"
-SHORT = Size(
+SHORT = DemoSize(
     {
         "demo_small": (*model(32, 4), "--duration", "1"),
         "demo_medium": (*model(48, 4), "--duration", "1.25"),
@@ -82,7 +82,7 @@ SHORT = Size(
     TASKS,
     ("--protocol", "demo-short"),
 )
-FULL = Size(
+FULL = DemoSize(
     {
         "demo_small": (*model(32, 4), "--duration", "2"),
         "demo_medium": (*model(48, 4), "--duration", "3"),
@@ -92,7 +92,7 @@ FULL = Size(
     (),
 )
 FEW = ("--duration", "0.05", "--optim.warmup", "5")
-QUICK = Size(
+QUICK = DemoSize(
     {"demo_small": (*model(32, 4), *FEW), "demo": FEW},
     "digits",
     ("--protocol", "demo-short", "--seeds", "1", "--rates", "0.03"),
@@ -100,20 +100,20 @@ QUICK = Size(
 
 
 @dataclass(eq=False)
-class Job(Stage):
+class DemoStage(StageProgress):
     """A stage, and the command that does it."""
 
     command: tuple[str, ...] = ()
 
 
-def stages(folder: Path, size: Size) -> list[Job]:
+def stages(folder: Path, size: DemoSize) -> list[DemoStage]:
     """The jobs, in order."""
     sets, runs, transfer = f"{folder}/sets", f"{folder}/runs", f"{folder}/transfer"
     data = ("--data.shards", f"{sets}/fashion_mnist/train", "--data.validation", f"{sets}/fashion_mnist/test")
     names = ["fashion_mnist", *size.tasks.split(",")]
     images = sum(count or 0 for name in names for count in find(name).splits.values())
     pretrain = [
-        Job(
+        DemoStage(
             f"pretrain {name}",
             result=r"val accuracy [\d.]+ %",
             command=("pretrain.py", "demo", "--run", name, *data, "--to", runs, "--processes", "2", *options),
@@ -123,10 +123,10 @@ def stages(folder: Path, size: Size) -> list[Job]:
     checkpoint = f"{runs}/{list(size.runs)[-1]}"
     finetune = ("finetune.py", "--checkpoint", checkpoint, "--data", sets, "--to", transfer, "--scratch")
     return [
-        Job("prepare the images", images, command=("prepare.py", ",".join(names), "--to", sets)),
+        DemoStage("prepare the images", images, command=("prepare.py", ",".join(names), "--to", sets)),
         *pretrain,
-        Job("fine-tune", command=(*finetune, "--tasks", size.tasks, *size.transfer)),
-        Job("compare", command=("compare.py", "--to", f"{folder}/report")),
+        DemoStage("fine-tune", command=(*finetune, "--tasks", size.tasks, *size.transfer)),
+        DemoStage("compare", command=("compare.py", "--to", f"{folder}/report")),
     ]
 
 
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the Ray is stopped then, too
     watched = sys.stdout.isatty()
-    with ray_head(folder) as environment, View(chain) if watched else Plain(chain) as view:
+    with ray_head(folder) as environment, LiveStages(chain) if watched else PrintedStages(chain) as view:
         for stage in chain:
             submit(stage, folder, environment, view, every=1 if watched else 5)
     if watched:
@@ -175,7 +175,9 @@ def tracking_uri(folder: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def submit(stage: Job, folder: Path, environment: dict[str, str], view: View | Plain, *, every: float) -> None:
+def submit(
+    stage: DemoStage, folder: Path, environment: dict[str, str], view: LiveStages | PrintedStages, *, every: float
+) -> None:
     """Submit a job and show what it prints until it ends; RuntimeError where it fails.
 
     `every` is the number of seconds from one line of progress to the next.

@@ -55,7 +55,7 @@ class Progress:
         self.say(", ".join(parts + [f"{name.replace('_', ' ')} {value}" for name, value in more.items()]))
 
 
-class Reading(NamedTuple):
+class ProgressReading(NamedTuple):
     """What a line of progress says."""
 
     what: str
@@ -64,10 +64,10 @@ class Reading(NamedTuple):
     unit: str
 
 
-def read(line: str) -> Reading | None:
+def read(line: str) -> ProgressReading | None:
     """Read a line of `Progress`, or of a sweep; None for any other line."""
     found = _LINE.match(line)
-    return found and Reading(found["what"], number(found["done"]), number(found["total"]), found["unit"])
+    return found and ProgressReading(found["what"], number(found["done"]), number(found["total"]), found["unit"])
 
 
 def number(text: str) -> int:

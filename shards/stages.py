@@ -24,7 +24,7 @@ _MADE = re.compile(r"(\S+): ([\d,]+) pictures in ")
 
 
 @dataclass(eq=False)
-class Stage:
+class StageProgress:
     """How far a stage is, as its lines say."""
 
     title: str
@@ -89,38 +89,38 @@ class Stage:
         return self._last[1] / self.total, f"{self._last[1]:,} of {self.total:,}", fast, long
 
 
-class Plain:
+class PrintedStages:
     """Print the lines of the stages as they come, where nobody watches a terminal."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[StageProgress]) -> None:
         self._stages = stages
 
-    def __enter__(self) -> "Plain":
+    def __enter__(self) -> "PrintedStages":
         return self
 
     def __exit__(self, *error: Any) -> None: ...
 
-    def begin(self, stage: Stage) -> None:
+    def begin(self, stage: StageProgress) -> None:
         """Say that a stage begins."""
         place = f"[{self._stages.index(stage) + 1}/{len(self._stages)}]"
         print(f"\n{place} {stage.title}", flush=True)
 
-    def hear(self, stage: Stage, line: str) -> None:
+    def hear(self, stage: StageProgress, line: str) -> None:
         """Print a line of its job."""
         print(f"  {line}", flush=True)
 
-    def end(self, stage: Stage, failed: bool = False) -> None:
+    def end(self, stage: StageProgress, failed: bool = False) -> None:
         """Take note that it has ended."""
 
 
-class View:
+class LiveStages:
     """Show the stages on a terminal, always in the same rows, with the newest line below them."""
 
-    def __init__(self, stages: Sequence[Stage], console: Console | None = None) -> None:
+    def __init__(self, stages: Sequence[StageProgress], console: Console | None = None) -> None:
         self._stages, self._console, self._line = stages, console or Console(), ""
         self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=4)
 
-    def __enter__(self) -> "View":
+    def __enter__(self) -> "LiveStages":
         self._live.start(refresh=True)
         return self
 
@@ -128,17 +128,17 @@ class View:
         self._line = ""
         self._live.stop()
 
-    def begin(self, stage: Stage) -> None:
+    def begin(self, stage: StageProgress) -> None:
         """Start a stage."""
         stage.begin(time.monotonic())
         self._line = ""
 
-    def hear(self, stage: Stage, line: str) -> None:
+    def hear(self, stage: StageProgress, line: str) -> None:
         """Take in a line of its job."""
         stage.hear(line, time.monotonic())
         self._line = line
 
-    def end(self, stage: Stage, failed: bool = False) -> None:
+    def end(self, stage: StageProgress, failed: bool = False) -> None:
         """End a stage; all lines of one that has failed are printed."""
         if not failed:
             stage.end(time.monotonic())

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "jobs"))
 import demo  # noqa: E402 - a script, not a package
 
-from shards.stages import Plain, View  # noqa: E402
+from shards.stages import LiveStages, PrintedStages  # noqa: E402
 
 
 @pytest.fixture
@@ -72,14 +72,14 @@ def test_a_stopped_demo_leaves_no_ray_and_goes_on_where_it_was(tmp_path: Path, t
     for line in first.stdout:
         if line.startswith("[2/5]"):
             break
-    assert of_ray(temporary)
+    assert of_ray(temporary) and list(temporary.glob("vitscale-*/session_*"))
     (head,) = (child for child in psutil.Process(first.pid).children() if "start" in child.cmdline())
     refuses_strangers(head.environ())
     first.send_signal(signal.SIGINT)
     said = first.stdout.read()
     assert first.wait() == 130, said
     assert of_ray(temporary) == []
-    assert list(temporary.iterdir()) == [] and not (tmp_path / "demo/ray.log").exists()
+    assert not list(temporary.glob("vitscale-*/session_*")) and not (tmp_path / "demo/ray.log").exists()
 
     second = subprocess.run(command, capture_output=True, text=True, env=settings)
     assert second.returncode == 0, second.stdout + second.stderr
@@ -94,7 +94,7 @@ def test_a_stopped_demo_leaves_no_ray_and_goes_on_where_it_was(tmp_path: Path, t
     ):
         assert said in second.stdout
     assert of_ray(temporary) == []
-    assert list(temporary.iterdir()) == [] and not (tmp_path / "demo/ray.log").exists()
+    assert not list(temporary.glob("vitscale-*/session_*")) and not (tmp_path / "demo/ray.log").exists()
 
     third = subprocess.run(command, capture_output=True, text=True, env=settings)
     assert third.returncode == 0 and "The demo has been run" in third.stdout
@@ -113,14 +113,14 @@ def test_the_files_of_a_ray_that_fails_are_kept_and_their_place_is_said(
     assert str(session) in said
 
 
-@pytest.mark.parametrize("kind", [Plain, View])
+@pytest.mark.parametrize("kind", [PrintedStages, LiveStages])
 def test_a_stage_that_fails_shows_all_that_its_job_has_printed(
     kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     lines = ["digits: 1 of 9 pictures (11 %)", "Traceback (most recent call last):", "error: [bold] no room"]
     prints = "; ".join(f"echo '{line}'" for line in lines)
     monkeypatch.setattr(demo, "_beside_python", lambda name: script(tmp_path / name, f"{prints}; exit 1"))
-    stage = demo.Job("prepare", command=("prepare.py",))
+    stage = demo.DemoStage("prepare", command=("prepare.py",))
     with pytest.raises(RuntimeError, match="prepare has failed"), kind([stage]) as view:
         demo.submit(stage, tmp_path, dict(os.environ), view, every=5)
     said = capsys.readouterr().out

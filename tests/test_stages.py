@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from shards.progress import Progress, Reading, duration, read
-from shards.stages import Stage, View
+from shards.progress import Progress, ProgressReading, duration, read
+from shards.stages import LiveStages, StageProgress
 
 
 @given(st.integers(0, 10**9), st.integers(1, 10**9))
 def test_a_line_of_progress_reads_as_what_it_was_made_of(done: int, total: int) -> None:
     said: list[str] = []
     Progress("digits/train800", total, "pictures", every=0.0, say=said.append).update(done, MB_s="1.0")
-    assert read(said[0]) == Reading("digits/train800", done, total, "pictures")
+    assert read(said[0]) == ProgressReading("digits/train800", done, total, "pictures")
 
 
 def test_other_lines_are_no_progress() -> None:
@@ -32,8 +32,8 @@ def test_progress_says_nothing_while_nothing_changes() -> None:
     assert [line.split(" of ")[0] for line in said] == ["digits: 0", "digits: 4", "digits: 9"]
 
 
-def heard(*lines: tuple[float, str], total: int = 0) -> Stage:
-    stage = Stage("a stage", total, result=r"val accuracy [\d.]+ %")
+def heard(*lines: tuple[float, str], total: int = 0) -> StageProgress:
+    stage = StageProgress("a stage", total, result=r"val accuracy [\d.]+ %")
     stage.begin(100.0)
     for now, line in lines:
         stage.hear(line, now)
@@ -58,7 +58,7 @@ def test_a_stage_of_several_sets_counts_the_images_of_all() -> None:
 
 
 def test_a_stage_without_lines_says_for_how_long_and_one_that_has_ended_what_came_of_it() -> None:
-    assert Stage("a stage").row(100.0) == (0.0, "", "", "")
+    assert StageProgress("a stage").row(100.0) == (0.0, "", "", "")
     assert heard().row(142.0) == (None, "", "", f"{duration(42)} so far")
     stage = heard((110.0, "demo: val accuracy 85.10 % after 468 steps; /runs/demo/export"))
     stage.end(131.0)
@@ -69,8 +69,12 @@ def test_a_stage_without_lines_says_for_how_long_and_one_that_has_ended_what_cam
 def test_every_stage_has_a_row_that_fits_the_terminal(width: int) -> None:
     drawn = io.StringIO()
     console = Console(file=drawn, force_terminal=True, width=width, color_system=None, legacy_windows=False)
-    stages = [Stage("prepare the images", 86_797), Stage("pretrain demo_medium"), Stage("fine-tune")]
-    with View(stages, console) as view:
+    stages = [
+        StageProgress("prepare the images", 86_797),
+        StageProgress("pretrain demo_medium"),
+        StageProgress("fine-tune"),
+    ]
+    with LiveStages(stages, console) as view:
         view.begin(stages[0])
         view.hear(stages[0], "fashion_mnist/train: 60,000 of 60,000 pictures (100 %)")
         view.end(stages[0])

@@ -440,7 +440,7 @@ def test_a_sweep_in_a_line_says_how_far_it_is_and_when_it_ends() -> None:
         f"{said}, 2 failed, 3 in another sweep's hands"
     )
     assert job.line(replace(state, paused=True), noon).endswith("nothing runs while others need the cluster")
-    assert progress.read(job.line(state, noon)) == progress.Reading("fine-tuning", 34, 120, "trials")
+    assert progress.read(job.line(state, noon)) == progress.ProgressReading("fine-tuning", 34, 120, "trials")
 
 
 def test_a_sweep_says_nothing_while_nothing_but_its_expected_end_changes() -> None:
