@@ -18,7 +18,7 @@ process of its own that lives through all rounds; the first round warms up, and 
 they come several times, each with bytes of its own. Fewer would be another measurement: of 320 (25 MB) `raw` came to
 0.28 of the floor in place of 0.52. Most of that is the floor's: so small a set stays in the processor's own cache, from
 which the floor, which throws the bytes away, reads a picture in 5 to 7 µs in place of 12; ours hands out 20 MB at a
-time and gains nothing. The rest is ours, 27 µs in place of 23: what it does once an epoch for each lane (the order, the
+time and gains nothing. The rest is ours, 27 µs in place of 24: what it does once an epoch for each lane (the order, the
 look ahead) was shared by 5 pictures of a lane and not by 32.
 
 A ratio is a median over the rounds, of pictures per CPU-second, the workers' included; the same by the clock has
