@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 from pipeline import code
 from pipeline.cli import parse, run
-from shards.datasets import find
 from shards.progress import EVERY
 from shards.stages import LiveStages, PrintedStages, StageProgress
 
@@ -111,6 +110,8 @@ def stages(folder: Path, size: DemoSize) -> list[DemoStage]:
     sets, runs, transfer = f"{folder}/sets", f"{folder}/runs", f"{folder}/transfer"
     data = ("--data.shards", f"{sets}/fashion_mnist/train", "--data.validation", f"{sets}/fashion_mnist/test")
     names = ["fashion_mnist", *size.tasks.split(",")]
+    from shards.datasets import find
+
     images = sum(count or 0 for name in names for count in find(name).splits.values())
     pretrain = [
         DemoStage(

@@ -114,7 +114,8 @@ def test_every_state_and_buffer_of_every_stage_is_counted(processes: int) -> Non
     names = [*CASES] if processes == 8 else ["zero-0", "zero-1", "zero-2", "zero-2-bf16", "zero-3-bf16"]
     said = subprocess.run(
         [sys.executable, "-m", "tests.test_memory", str(processes), *names],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},
+        # Without the packed copies of bf16 tensors that some processors' own instructions need.
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "ONEDNN_MAX_CPU_ISA": "AVX2"},
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         text=True,

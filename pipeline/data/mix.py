@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import betaincinv
 from torch import Tensor
 
 from pipeline.config import Augment
@@ -127,6 +126,8 @@ def _mixing(augment: Augment, keys: NDArray[np.uint64], side: int) -> Mixing:
 
     AugReg takes the larger of a share and the rest: with both pictures of a pair made, that gives the same two.
     """
+    from scipy.special import betaincinv  # takes a fifth of a second to import, which other runs do without
+
     kind, level, x, y = uniform(keys[:, None], np.arange(4)).T
     cut = (kind < (0.5 if augment.mixup > 0 else 1.0)) & (augment.cutmix > 0)
     shape = np.where(cut, augment.cutmix, augment.mixup)
