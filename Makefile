@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAGE := infra/stage.sh
 # More than there are cores: tests wait for processes that start, are killed, and are missed.
-WORKERS ?= 4
+WORKERS ?= 3
 TESTS := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 # The tests and the demo start hundreds of Pythons, which are to find the product compiled.
 unexport PYTHONDONTWRITEBYTECODE

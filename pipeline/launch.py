@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,12 +28,7 @@ from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
-from ray.train.v2._internal.execution.scaling_policy import (
-    ElasticScalingPolicy,
-    FixedScalingPolicy,
-    NoopDecision,
-    ResizeDecision,
-)
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -62,9 +56,6 @@ MICRO_BATCH = "micro_batch"
 
 # Ray looks every two seconds whether a process has died, and every five whether a node is about to go.
 PACE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
-
-# Of a Ray of our own no node is drained, and what would watch for that is a process, at each start of the run.
-ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 class Work(Protocol):
@@ -101,7 +92,7 @@ def launch(
     `work` is what each process does, `pipeline.train.run.work` if None, and `ended` whether that is done.
     """
 
-    for name, value in (PACE if on_cluster() else {**PACE, **ALONE}).items():
+    for name, value in PACE.items():
         os.environ.setdefault(name, value)
     with _signals() as told, _board(told) as board:
         while not (ended() if ended else finished(Folder(job.folder))):
@@ -127,7 +118,7 @@ def _fit(
     trainer = _Trainer(
         _work,
         # Pickled, so that only the processes of the run import what it takes.
-        train_loop_config={"run": dumps((job, work)), "board": board, "elastic": least < most, "gpus": gpus},
+        train_loop_config={"run": dumps((job, work)), "board": board, "elastic": least < most},
         backend_config=_Gang(gpus),
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),
@@ -180,36 +171,20 @@ class _Meeting(Backend):
 
 def _join(address: str, port: int, gpus: bool) -> None:
     """Make this process one of the group, which meets there."""
-    # Ray's own functions for this import much of torch that no run needs; that takes a second.
-    import torch.distributed as dist
+    from ray.train.torch import config
 
-    context = ray.train.get_context()
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    config._set_torch_distributed_env_vars()
+    context, backend = ray.train.get_context(), "nccl" if gpus else "gloo"
     rank, size = context.get_world_rank(), context.get_world_size()
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    local = {"LOCAL_RANK": context.get_local_rank(), "LOCAL_WORLD_SIZE": context.get_local_world_size()}
-    os.environ |= {name: str(value) for name, value in {**local, "NODE_RANK": context.get_node_rank()}.items()}
-    if gpus and "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # end a process whose collective takes too long
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(seconds=COLLECTIVE_SECONDS))
+    config._setup_torch_process_group(backend, rank, size, "env://", COLLECTIVE_SECONDS)
 
 
 def _part() -> None:
     """Leave the group."""
-    import torch.distributed as dist
+    from ray.train.torch import config
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _device(gpus: bool) -> "torch.device":
-    """The device of this process."""
-    import torch
-
-    if not gpus:
-        return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    return get_device()
+    config._shutdown_torch(destroy_process_group=True)
 
 
 class _Trainer(DataParallelTrainer):
@@ -221,8 +196,6 @@ class _Trainer(DataParallelTrainer):
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
             settings["scaling_policy"] = _Room(self.scaling_config, self.allowed, self.board)
-        elif not on_cluster():
-            settings["scaling_policy"] = _Fixed(self.scaling_config)
         return super()._initialize_and_run_controller(**settings)
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -233,23 +206,10 @@ class _Trainer(DataParallelTrainer):
         needless = {"DatasetsCallback"}
         # A watcher asks the dashboard whether the run is alive, to give its resources back if not. A Ray of our own
         # has no dashboard and ends with the run, and stopping the watcher there takes twelve seconds each time.
-        if not on_cluster():
+        if "RAY_ADDRESS" not in os.environ:
             needless.add("PlacementGroupCleanerCallback")
         found = [*super()._create_default_callbacks(), _Sigterm()]
         return [callback for callback in found if type(callback).__name__ not in needless]
-
-
-class _Fixed(FixedScalingPolicy):
-    """A fixed number of processes, for which no autoscaler is asked: of a Ray of our own there is none to ask.
-
-    Ray's own asks one through a process that imports Ray's data sets, and waits for that before anything else.
-    """
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """Ask nobody."""
-
-    def _maybe_send_resource_request(self) -> None:
-        """Ask nobody."""
 
 
 class _Room(ElasticScalingPolicy):
@@ -343,6 +303,7 @@ def leaving() -> bool:
 def _work(settings: dict[str, Any]) -> None:
     """What Ray runs in each process."""
     import torch
+    from ray.train.torch import get_device
 
     from pipeline.train import run
     from pipeline.train.checkpoint import TakenOver
@@ -352,7 +313,7 @@ def _work(settings: dict[str, Any]) -> None:
     if not (start := ray.get(board.begin.remote(context.get_world_rank() == 0))):
         return
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
-    device = _device(settings["gpus"])
+    device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -492,11 +453,6 @@ def _cause(error: BaseException) -> str:
     """The last line of what went wrong in a process, without the frames around it."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def on_cluster() -> bool:
-    """Whether this process has joined a cluster, rather than started a Ray of its own."""
-    return "RAY_ADDRESS" in os.environ
 
 
 def has_gpus() -> bool:

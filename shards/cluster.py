@@ -47,8 +47,6 @@ def connect() -> None:
     else:  # "local": never a Ray that somebody else happens to run on this machine
         # Ray warns that its tokens are on, which is what one wants.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        # Ray would start a process for each core beforehand, none of which has the environment that ours are to have.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         ray.init("local", include_dashboard=False, **settings)
 
 

@@ -34,9 +34,6 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 # A shell lets what runs in its background ignore Ctrl-C, and that would be handed on to the processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Processes that Ray starts beforehand have another environment than those of a run, and are of no use to it.
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-
 # Several workers share the processors: threads of one that wait for those of another would do nothing but wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

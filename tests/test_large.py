@@ -49,7 +49,7 @@ from tests.family import kill_all
 pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = Vit(width=16, depth=2, heads=2, hidden=32, patch=4, image_size=12, representation=True, dropout=0.1)
-RECIPE = Recipe(steps=400, batch=16, warmup=5, size=16, average=0.9, training="crop", layers=1, mixup=0.2)
+RECIPE = Recipe(steps=800, batch=16, warmup=5, size=16, average=0.9, training="crop", layers=1, mixup=0.2)
 TASK = Task(
     "tiny",
     "tiny",
