@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: venv pictures
 	$(BIN)/python jobs/demo.py
 
-# The same with longer runs, whose results are clearer: 14 minutes on two cores instead of 5.
+# The same with longer runs, whose results are clearer: about 14 minutes on two cores.
 demo-full: venv pictures
 	$(BIN)/python jobs/demo.py --full
 
@@ -37,7 +37,7 @@ venv: .venv/installed
 # setuptools warn of is in the log, and shown where something has failed.
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .venv/installed: pyproject.toml constraints.txt shards/area.c pipeline/data/crop.c | headers
-	@echo "Installing torch, Ray, DeepSpeed, MLflow and what they need into .venv: 3 to 10 minutes, by the network"
+	@echo "Installing torch, Ray, DeepSpeed, MLflow and what they need into .venv, which takes some minutes"
 	@$(STAGE) environment "$(PYTHON) -m venv .venv && { $(BIN)/python -m pip install --quiet --upgrade pip && \
 		$(PIP) --editable '.[demo,test]' && $(PIP) --no-deps timm; } > .venv/install.log 2>&1 || \
 		{ cat .venv/install.log >&2; exit 1; }"

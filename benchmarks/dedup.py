@@ -289,7 +289,7 @@ def speed(pictures: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="fewer pictures; as many test pictures")
+    parser.add_argument("--quick", action="store_true", help="fewer images; as many test images")
     quick = parser.parse_args().quick
     figures = quality(60 if quick else 1000) | hard(30 if quick else 400) | speed(200 if quick else 2000)
     figures |= scaling(500_000, 10_000 if quick else 100_000)

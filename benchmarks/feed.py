@@ -1,4 +1,4 @@
-"""How fast pictures are fed: ratios over named peers, on the same pictures and crops, in turns.
+"""How fast images are fed: ratios over named peers, on the same images and crops, in turns.
 
     python benchmarks/feed.py [--quick] [--peers PYTHON] [--only PART ...] [--count 2048] [--rounds 5]
 
@@ -14,12 +14,12 @@ Peers: `webdataset` with the stock chain (Pillow decodes, bicubic, float32, norm
 `litdata` with the same chain, `pillow_loader` (a file a picture, Pillow, bicubic, uint8, as timm has it). Each is a
 process of its own that lives through all rounds; the first round warms up, and in each the order is drawn anew.
 
---quick takes fewer rounds of fewer pictures, but for `raw` and `s3`, whose set always has 2,048: where there are fewer
+--quick takes fewer rounds of fewer images, but for `raw` and `s3`, whose set always has 2,048: where there are fewer
 they come several times, each with bytes of its own. Fewer would be another measurement: of 320 (25 MB) `raw` came to
 0.28 of the floor in place of 0.52. Most of that is the floor's: so small a set stays in the processor's own cache, from
-which the floor, which throws the bytes away, reads a picture in 5 to 7 µs in place of 12; ours hands out 20 MB at a
+which the floor, which throws the bytes away, reads an image in 5 to 7 µs in place of 12; ours hands out 20 MB at a
 time and gains nothing. The rest is ours, 27 µs in place of 24: what it does once an epoch for each lane (the order, the
-look ahead) was shared by 5 pictures of a lane and not by 32.
+look ahead) was shared by 5 images of a lane and not by 32.
 
 A ratio is a median over the rounds, of pictures per CPU-second, the workers' included; the same by the clock has
 `_wall` in its name. `s3_over_pipe_curl` is by the clock, and `s3_over_pipe_curl_cpu` by CPU-seconds. Times are worth

@@ -50,7 +50,7 @@ class Arguments:
     to: str = ""
     """Folder for everything that is downloaded or made; demo if empty, or demo/full with --full."""
     full: bool = False
-    """Longer pretrainings and fine-tunings, and more learning rates: about 14 minutes instead of 5."""
+    """Longer pretrainings and fine-tunings, and more learning rates: about 14 minutes on two cores."""
     quick: bool = False
     """Only so much that every kind of stage runs: results are worth nothing."""
 
@@ -107,11 +107,11 @@ class DemoStage(StageProgress):
 
 def stages(folder: Path, size: DemoSize) -> list[DemoStage]:
     """The jobs, in order."""
+    from shards.datasets import find
+
     sets, runs, transfer = f"{folder}/sets", f"{folder}/runs", f"{folder}/transfer"
     data = ("--data.shards", f"{sets}/fashion_mnist/train", "--data.validation", f"{sets}/fashion_mnist/test")
     names = ["fashion_mnist", *size.tasks.split(",")]
-    from shards.datasets import find
-
     images = sum(count or 0 for name in names for count in find(name).splits.values())
     pretrain = [
         DemoStage(

@@ -49,7 +49,7 @@ def home() -> Iterator[None]:
 # --- the order in which several workers take the tests --------------------------------------------------------------
 
 SEPARABLE = {"test_survival.py", "test_drain.py", "test_elastic.py", "test_families.py", "test_demo.py"}
-"""Files whose slow tests share no fixture of their module, so that several workers may run them at once."""
+"""Files whose tests share little beside the session's fixtures, so that several workers may run them at once."""
 
 
 @pytest.hookimpl(optionalhook=True)

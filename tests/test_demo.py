@@ -62,12 +62,7 @@ def test_a_stopped_demo_leaves_no_ray_and_goes_on_where_it_was(tmp_path: Path, t
     command = [sys.executable, str(ROOT / "jobs/demo.py"), "--to", str(tmp_path / "demo"), "--quick"]
     settings = {**os.environ, "TMPDIR": str(temporary)}
 
-    def hears() -> None:  # also where the tests run in the background of a shell, which ignores this signal
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    first = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings, preexec_fn=hears
-    )
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings)
     assert first.stdout
     for line in first.stdout:
         if line.startswith("[2/5]"):
