@@ -11,7 +11,9 @@ always the best of the whole results of the others.
 
 import json
 import os
+import pickletools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +39,10 @@ REDUCTION = 3
 """Of so many rates one goes on, to so many times the steps."""
 HALVINGS = 2
 CHOSEN, TUNE = "chosen", "tune"
+
+# What Ray Tune goes on from, by the beginnings of names; the last in order counts.
+_STATE, _TUNER = "experiment_state-", "tuner.pkl"
+_PICKLED = (_TUNER, "search_gen_state-", "basic-variant-state-", "callback-states-")
 
 HEAD = "node:__internal_head__"
 """A resource of which Ray gives 1 to the node that outlives all others, where trials do nothing but wait for runs."""
@@ -215,12 +221,14 @@ def _run(wanted: Search, most: int, retries: int) -> None:
 
 def restorable(own: Folder) -> bool:
     """Whether Ray Tune has left enough to go on from: a search that was killed may have left half a file."""
-    files = own.sizes()
-    states = sorted(name for name in files if name.startswith("experiment_state-") and name.endswith(".json"))
-    if "tuner.pkl" not in files or not states:
+    files = sorted(own.sizes())
+    newest = {kind: name for kind in (_STATE, *_PICKLED) for name in files if name.startswith(kind)}
+    if not {_STATE, _TUNER} <= newest.keys():
         return False
     with suppress(ValueError):
-        return bool(json.loads(own.read(states[-1])))
+        for kind in newest.keys() - {_STATE}:
+            deque(pickletools.genops(own.read(newest[kind])), maxlen=0)  # to its end, without making what it holds
+        return bool(json.loads(own.read(newest[_STATE])))
     return False
 
 

@@ -6,6 +6,7 @@
 import json
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -166,12 +167,19 @@ def test_in_whatever_order_rates_come_one_gets_to_the_end_and_none_that_was_beat
 def test_half_of_what_ray_tune_has_written_is_begun_anew(tmp_path: Path) -> None:
     own = Folder(str(tmp_path))
     assert not restorable(own)
-    own.write("tuner.pkl", b"")
+    whole = pickle.dumps({"state": list(range(1000))})
+    own.write("tuner.pkl", whole)
     assert not restorable(own)
     own.write("experiment_state-1.json", b'{"trial_data": [')
     assert not restorable(own)
     own.write("experiment_state-2.json", b'{"trial_data": []}')
     assert restorable(own)
+    for name in ("tuner.pkl", "search_gen_state-2.json", "basic-variant-state-2.json"):
+        for half in (b"", whole[:100], whole[:-1]):
+            own.write(name, half)
+            assert not restorable(own)
+        own.write(name, whole)
+        assert restorable(own)
 
 
 # --- what is chosen --------------------------------------------------------------------------------------------------
