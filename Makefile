@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAGE := infra/stage.sh
-# More than there are cores: tests wait for processes that start, are killed, and are missed.
-WORKERS ?= 3
+# As many as the smallest machine has cores: what a test starts keeps them busy.
+WORKERS ?= 2
 TESTS := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 # The tests and the demo start hundreds of Pythons, which are to find the product compiled.
 unexport PYTHONDONTWRITEBYTECODE

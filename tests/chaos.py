@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray import cloudpickle
-from ray.cluster_utils import Cluster
 
 from shards.build import build
 from shards.image import encode
@@ -27,6 +26,7 @@ from shards.recipe import Recipe
 from shards.sources import Picture, listing
 from shards.storage import Folder
 from tests.family import family, kill
+from tests.nodes import Nodes, serving, start_ray
 
 NODES, PICTURES, EACH = 2, 240, 10
 
@@ -67,7 +67,7 @@ def make(target: Path) -> str:
     return found.hexdigest()
 
 
-def strike(what: str, cluster: Cluster, nodes: list, chance: random.Random) -> bool:
+def strike(what: str, cluster: Nodes, nodes: list, chance: random.Random) -> bool:
     """Kill a whole node, or a process of Ray that runs a task now; whether there was anything to kill."""
     if what == "node":
         node = nodes.pop(chance.randrange(len(nodes)))
@@ -80,9 +80,13 @@ def strike(what: str, cluster: Cluster, nodes: list, chance: random.Random) -> b
 
 def main() -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    chance = random.Random(seed)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    with serving():
+        besiege(Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3])))
+
+
+def besiege(folder: Path, kills: int, chance: random.Random) -> None:
+    """Build the set until so many nodes and tasks have been killed; print what was, and a digest of each set."""
+    cluster = start_ray()
     nodes = [cluster.add_node(num_cpus=2) for _ in range(NODES)]
     root = str(Path(__file__).resolve().parents[1])
     ray.init(cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})

@@ -31,6 +31,9 @@ FILER = ("filer.port", "filer.port.grpc")
 # and whatever home its processes have.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
+# What opens the S3 server of a test, for the nodes of a Ray that was started before.
+os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+
 # A shell lets what runs in its background ignore Ctrl-C, and that would be handed on to the processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -76,37 +79,61 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """A Ray of this session's own, with more workers than this machine has processors."""
-    import ray
+def fork_server() -> Iterator[None]:
+    """What the workers of `start_ray` are forked from."""
+    from tests.nodes import serving
 
-    from shards import cluster
+    with serving():
+        yield
+
+
+@pytest.fixture(scope="session")
+def address(fork_server: None) -> Iterator[str]:
+    """Where a Ray of this session's own is, with more CPUs than this machine has processors."""
+    from tests.nodes import start_ray
 
     os.environ.pop("RAY_ADDRESS", None)
+    made = start_ray(num_cpus=4)
+    yield str(made.address)
+    made.shutdown()
+
+
+@pytest.fixture(scope="session")
+def local_ray(address: str) -> Iterator[None]:
+    """That Ray, which this process has joined."""
+    import ray
+
     root = str(Path(__file__).resolve().parents[1])
-    settings = {"env_vars": {"PYTHONPATH": root}}
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=settings)
-    cluster.connect()
+    ray.init(address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
     yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def ray_of_nodes() -> Iterator["Cluster"]:
+def ray_of_nodes(fork_server: None) -> Iterator["Cluster"]:
     """A Ray of this session's own with a head that has no CPUs, so that all work is on the nodes that tests add."""
-    from ray.cluster_utils import Cluster
+    from tests.nodes import start_ray
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made = start_ray()
     yield made
     made.shutdown()
 
 
 @pytest.fixture
 def cluster(ray_of_nodes: "Cluster") -> Iterator["Cluster"]:
-    """That Ray, whose nodes are gone after the test."""
+    """That Ray, whose nodes, and the jobs on them, are gone after the test."""
+    from tests.gang import kill_jobs
+
     yield ray_of_nodes
+    kill_jobs()
     for node in list(ray_of_nodes.worker_nodes):
         ray_of_nodes.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on nodes that are added from now on do ten steps in a second at most."""
+    monkeypatch.setenv("VITSCALE_PAUSE", "0.1")
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,12 @@
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from tests.gang import JobProcess
 
 
 def family(of: int | None = None, name: str = "") -> list[psutil.Process]:
@@ -27,7 +31,7 @@ def suspend(processes: Iterable[psutil.Process]) -> None:
         _does(one, "suspend")
 
 
-def kill_all(leader: subprocess.Popen) -> None:
+def kill_all(leader: "subprocess.Popen | JobProcess") -> None:
     """Kill a process and its family, none of which does a thing more once the first of them is dead; wait for it."""
     if leader.poll() is None:
         others = family(leader.pid)

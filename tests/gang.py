@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -80,28 +81,83 @@ def run_ranks(function: Callable[..., Any], *given: Any, size: int, seconds: flo
         return code, output.read_text() if output.exists() else ""
 
 
+_STARTED: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register  # multiprocessing would wait for them
+def kill_jobs() -> None:
+    """Kill the jobs that a test has left."""
+    for process in _STARTED:
+        process.kill()
+
+
+class JobProcess:
+    """`python jobs/NAME WORDS` as a subprocess.Popen, but forked from what has imported all that a job needs."""
+
+    def __init__(
+        self, name: str | Path, *words: object, env: Mapping[str, str] = os.environ, cwd: Path | str = ROOT
+    ) -> None:
+        self.args = [str(ROOT / "jobs" / name), *map(str, words)]
+        self._aside = tempfile.TemporaryDirectory()
+        self._process = _FORKED.Process(target=_run_script, args=(self.args, self._aside.name, dict(env), str(cwd)))
+        self._process.start()
+        _STARTED.add(self._process)
+        self.pid: int = self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it; those that it has started are left."""
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its exit code, once it has ended; subprocess.TimeoutExpired where it has not in time."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0, *self.said())
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has printed on stdout and on stderr, once it has ended."""
+        self.wait(timeout)
+        return self.said()
+
+    def said(self) -> tuple[str, str]:
+        """What it has printed so far on stdout and on stderr."""
+        output, errors = (Path(self._aside.name) / name for name in ("1", "2"))
+        return tuple(path.read_text() if path.exists() else "" for path in (output, errors))  # type: ignore[return-value]
+
+
 def run_job(
-    name: str,
+    name: str | Path,
     *words: object,
     env: Mapping[str, str] = os.environ,
     cwd: Path | str = ROOT,
     timeout: float = 120.0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python jobs/NAME WORDS` in a process of its own, which has imported already what most jobs need."""
-    with tempfile.TemporaryDirectory() as aside:
-        argv = [str(ROOT / "jobs" / name), *map(str, words)]
-        process = _FORKED.Process(target=_run_script, args=(argv, aside, dict(env), str(cwd)))
-        process.start()
-        process.join(timeout)
-        if late := process.exitcode is None:
-            process.kill()
-            process.join()
-        said = [path.read_text() if path.exists() else "" for path in (Path(aside) / "1", Path(aside) / "2")]
-        assert not late, f"{name} has not ended after {timeout} s: {said}"
-        return subprocess.CompletedProcess(argv, process.exitcode or 0, *said)
+    """Run `python jobs/NAME WORDS` as a JobProcess, which is killed where it takes too long."""
+    process = JobProcess(name, *words, env=env, cwd=cwd)
+    try:
+        output, errors = process.communicate(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, output, errors)
 
 
 def _run_script(argv: list[str], aside: str, environment: dict[str, str], cwd: str) -> None:
+    os.setsid()
     _send_output(f"{aside}/1", f"{aside}/2")
     os.environ.clear()
     os.environ |= environment

@@ -4,9 +4,11 @@ import tempfile
 
 import altair  # noqa: F401
 import pyarrow.parquet  # noqa: F401
-import ray  # noqa: F401
+import ray.train.torch  # noqa: F401
 import torch
+import torch._dynamo  # the first step of an optimizer would import it
 
+import pipeline.launch
 import pipeline.train.run
 import pipeline.transfer.sweep  # noqa: F401
 from pipeline.track import log

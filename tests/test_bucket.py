@@ -1,8 +1,7 @@
 """Nothing knows whether it is on a laptop or in a bucket: a run with all of it on a real S3 server."""
 
 import json
-import subprocess
-import sys
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pipeline.train.checkpoint import complete
 from pipeline.train.folder import CONFIG
 from shards.storage import Folder
 from tests import tiny
+from tests.gang import run_job
 from tests.process import repeat_undisturbed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,21 +26,19 @@ SMALL = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_in_a_bucket_ends_as_if_it_had_been_in_a_folder(s3: str, tmp_path: Path) -> None:
+def test_a_run_in_a_bucket_ends_as_if_it_had_been_in_a_folder(s3: str, address: str, tmp_path: Path) -> None:
     shards = tiny.shard_set(tmp_path / "set")
     local = Path(shards.folder.absolute)
     for name in sorted(path.name for path in local.iterdir()):
         Folder(f"{s3}/set").put(local / name, name)
 
     def pretrain(data: str, to: str) -> str:
-        ended = subprocess.run(
-            [
-                *(sys.executable, ROOT / "jobs/pretrain.py", "demo", "--data.shards", data, "--data.validation", data),
-                *("--to", to, "--data.cache", tmp_path / "cache", "--tracking-uri", f"sqlite:///{tmp_path}/ml.db"),
-                *(str(word) for option in SMALL.items() for word in option),
-            ],
-            capture_output=True,
-            text=True,
+        ended = run_job(
+            "pretrain.py",
+            *("demo", "--data.shards", data, "--data.validation", data, "--data.cache", tmp_path / "cache"),
+            *("--to", to, "--tracking-uri", f"sqlite:///{tmp_path}/ml.db"),
+            *(word for option in SMALL.items() for word in option),
+            env={**os.environ, "RAY_ADDRESS": address},
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout

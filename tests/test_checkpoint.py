@@ -221,6 +221,7 @@ def flip(path: Path, place: int) -> bytes:
     return before
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_every_file_is_seen_before_its_values_are_used(
     small_chunks: None, folder: Folder
 ) -> None:
@@ -404,6 +405,7 @@ def dying(folder: str, point: int) -> None:
     save_all(Folder(folder), 7, 2, seed=7, keep=1)
 
 
+@pytest.mark.slow
 def test_whenever_a_writer_is_killed_what_is_left_is_never_taken_or_whole(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_checkpoint"])

@@ -314,6 +314,7 @@ def test_a_single_run_is_shown_and_said_to_be_too_few() -> None:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_command_prints_what_it_writes_and_where(written: tuple[Path, str]) -> None:
     folder, said = written

@@ -295,6 +295,7 @@ def test_of_every_kind_of_copy_most_are_found_and_nothing_else(
     assert found.num_rows >= RECALL[name] * len(originals)
 
 
+@pytest.mark.slow
 def test_what_is_alike_is_no_copy() -> None:
     alike = list(pictures.lookalikes(16))
     ones, others = ([pictures.jpeg(pair[side]) for pair in alike] for side in (0, 1))

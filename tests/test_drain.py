@@ -132,6 +132,7 @@ def test_every_kind_of_notice_empties_its_own_node_and_no_other(cluster: Cluster
     assert kept in alive(cluster) and not alive(cluster) & set(going)
 
 
+@pytest.mark.slow
 def test_a_machine_with_several_nodes_needs_to_be_told_which(cluster: Cluster) -> None:
     from ray._raylet import GcsClient
 
@@ -144,7 +145,7 @@ def test_a_machine_with_several_nodes_needs_to_be_told_which(cluster: Cluster) -
 
 @pytest.mark.slow
 def test_a_run_whose_machine_is_taken_away_saves_and_goes_on_with_those_left_as_if_nothing_had_happened(
-    tmp_path: Path, cluster: Cluster, cloud: Cloud
+    tmp_path: Path, cluster: Cluster, cloud: Cloud, slow_steps: None
 ) -> None:
     tiny.shard_set(tmp_path / "set")
     cluster.add_node(num_cpus=1)
@@ -158,7 +159,7 @@ def test_a_run_whose_machine_is_taken_away_saves_and_goes_on_with_those_left_as_
     driver.wait_for("spot: has saved and stopped: a machine is about to go")
     assert "empty" in end_of(notice)
     driver.wait_for(r"stopped: a machine is about to go\n(.|\n)*spot: on 1 process\n(.|\n)*goes on after step")
-    (saved,) = re.findall(r"goes on after step ([\d,]+)", driver.said)
+    saved = re.findall(r"goes on after step ([\d,]+)", driver.said)[-1]
     driver.wait_for(lambda: max(driver_losses(tmp_path)) > int(saved.replace(",", "")) + 5)
     driver.stop()
     found = losses(tmp_path, "spot")

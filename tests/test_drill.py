@@ -1,8 +1,6 @@
 """`jobs/drill.py` holds its drills for real, and tells what did not hold from what did."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from pipeline.train.folder import Job
 from pipeline.train.objective import Objective
 from pipeline.world import World
 from shards.storage import Folder
+from tests.gang import run_job
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(600)
@@ -40,12 +39,7 @@ def test_every_drill_that_a_machine_alone_can_hold_finds_that_a_run_holds_what_i
 def script(kind: str, to: str, **environment: str) -> str:
     """What `python jobs/drill.py` says, which has to end well."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "jobs/drill.py"), kind, "--to", to],
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-    )
+    ended = run_job("drill.py", kind, "--to", to, env={**kept, **environment}, timeout=280)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "NOT HELD" not in ended.stdout and "not tried" not in ended.stdout
     return ended.stdout
@@ -61,8 +55,9 @@ def test_a_run_whose_node_is_drained_holds_what_is_promised(tmp_path: Path, clus
 
 
 @pytest.mark.slow
-def test_a_run_whose_bucket_does_not_answer_holds_what_is_promised(s3: str) -> None:
-    assert script("s3-faults", s3).count("  held ") == 4
+def test_a_run_whose_bucket_does_not_answer_holds_what_is_promised(s3: str, address: str, tmp_path: Path) -> None:
+    mlflow = f"sqlite:///{tmp_path}/mlflow.db"
+    assert script("s3-faults", s3, RAY_ADDRESS=address, MLFLOW_TRACKING_URI=mlflow).count("  held ") == 4
 
 
 # --- what is found --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,25 +62,20 @@ class Elastic(Driver):
         slow["model__dropout"] = 0.0
         given: dict[str, object] = {**slow, "duration": 10**6, "tracking_uri": store(place), **changes}
         super().__init__(place, name, cluster=cluster.address, **given)
-        self.said = ""
-        self._listening = threading.Thread(target=self._listen, daemon=True)
-        self._listening.start()
 
-    def _listen(self) -> None:
-        for line in self._process.stdout or ():
-            self.said += line
+    @property
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self._process.said()[0]
 
     def wait_for(self, what: str | Callable[[], bool]) -> None:
         """Return when a line has said so, or when it is so."""
         limit = time.monotonic() + 240
         while True:
             ended = self._process.poll() is not None
-            if ended:
-                self._listening.join(60)  # what was said last
             if what() if callable(what) else re.search(what, self.said):
                 return
-            wrong = self._process.stderr
-            assert not ended, self.said + (wrong.read() if wrong else "")
+            assert not ended, "".join(self._process.said())
             assert time.monotonic() < limit, f"no {what} in {self.said}"
             time.sleep(0.05)
 
@@ -119,7 +113,7 @@ def losses(place: Path, name: str) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_processes_and_with_more_as_if_they_had_always_been_as_many(
-    tmp_path: Path, cluster: Cluster
+    tmp_path: Path, cluster: Cluster, slow_steps: None
 ) -> None:
     tiny.shard_set(tmp_path / "set")
     first = SimpleNamespace(kept=cluster.add_node(num_cpus=2), killed=cluster.add_node(num_cpus=2))

@@ -135,6 +135,7 @@ def trained(world: World, chosen: Config, steps: int = 4) -> tuple[list[float], 
     return losses, run.engine.raw_weights()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", OPTIMS, ids=lambda optim: optim.optimizer)
 def test_every_stage_has_the_same_losses_whatever_the_processes(gangs: dict[int, Gang], optim: Optim) -> None:
     alone, _ = gangs[1].run(trained, config(zero=0, optim=optim))[0]
@@ -144,12 +145,14 @@ def test_every_stage_has_the_same_losses_whatever_the_processes(gangs: dict[int,
         assert losses == pytest.approx(alone, rel=1e-5), (size, zero)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_every_stage_computes_the_same_with_its_state_on_the_cpu(two: Gang, zero: int) -> None:
     ours, theirs = (two.run(trained, config(zero=zero, offload=offload)) for offload in (True, False))
     assert ours[0][0] == pytest.approx(theirs[0][0], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", range(4))
 def test_a_model_computes_the_same_whether_its_activations_are_kept_or_recomputed(two: Gang, zero: int) -> None:
     model = replace(VIT, dropout=0.2, stochastic_depth=0.2)
@@ -164,6 +167,7 @@ NORMED: dict[str, Architecture] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NORMED)
 def test_every_batch_norm_counts_a_batch_once_whether_it_is_recomputed_or_not(two: Gang, family: str) -> None:
     chosen = config(zero=2, model=NORMED[family], micro_batch=3)
@@ -182,6 +186,7 @@ def test_compiled_blocks_compute_what_plain_ones_do(gangs: dict[int, Gang], reco
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "recompute"), [(True, False), (False, True), (True, True)])
 def test_wrapped_blocks_keep_the_names_of_their_weights_and_their_hooks(compiled: bool, recompute: bool) -> None:
     for chosen in (VIT, *NORMED.values()):
@@ -211,6 +216,7 @@ def learnt(world: World, chosen: Config) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masked", "suppression"])
 def test_every_objective_sees_into_a_model_that_is_divided_or_recomputed(two: Gang, kind: str) -> None:
     suppression = Suppression(cosine=0.3, contrastive=0.3, mixing=0.0)
@@ -269,6 +275,7 @@ def numbers(fragments: list[Fragment]) -> int:
     return sum(fragment.length for fragment in fragments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", OPTIMS, ids=lambda optim: optim.optimizer)
 @pytest.mark.parametrize("zero", range(4))
 def test_a_run_goes_on_from_its_fragments_as_if_it_had_not_stopped(
@@ -287,6 +294,7 @@ def test_a_run_goes_on_from_its_fragments_as_if_it_had_not_stopped(
         assert elsewhere == pytest.approx(losses[3:], rel=1e-5), size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_a_run_in_half_precision_goes_on_at_any_number_of_processes(gangs: dict[int, Gang], zero: int) -> None:
     chosen = config(zero=zero, precision="bf16")
@@ -353,6 +361,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero", "precision", "how"), BAD)
 def test_a_bad_step_leaves_everything_as_if_it_had_not_been(two: Gang, zero: int, precision: str, how: str) -> None:
     bad = [True, False] if how == "at once" else [False, False, True, False]
@@ -361,6 +370,7 @@ def test_a_bad_step_leaves_everything_as_if_it_had_not_been(two: Gang, zero: int
         assert answer == (bad, counts, True, [True])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_bad_step_with_the_state_on_the_cpu_leaves_everything_as_it_was(two: Gang, zero: int) -> None:
     for answer in two.run(spoilt, config(zero=zero, offload=True), "nan"):
@@ -430,6 +440,7 @@ def with_average(world: World, chosen: Config) -> tuple[Weights, Weights, Tensor
     return run.engine.raw_weights(), run.engine.weights(), said, expected, same(before, run.everything())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", range(4))
 def test_every_stage_does_by_sgd_and_the_average_what_is_done_by_hand(two: Gang, zero: int) -> None:
     chosen = config(zero=zero, optim=replace(OPTIMS[1], average=0.8, clip=0.5))
@@ -440,6 +451,7 @@ def test_every_stage_does_by_sgd_and_the_average_what_is_done_by_hand(two: Gang,
         assert torch.allclose(said, expected, atol=1e-5) and itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_the_average_is_fp32_whatever_the_weights_that_compute(two: Gang, zero: int) -> None:
     chosen = config(zero=zero, precision="bf16")
@@ -458,6 +470,7 @@ def clipped(world: World, chosen: Config, clip: float) -> tuple[float, float]:
     return float(moved), float(run.engine.gradient_norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", range(4))
 def test_a_clip_that_is_set_in_mid_run_is_the_norm_of_the_next_gradient(two: Gang, zero: int) -> None:
     chosen = config(zero=zero, optim=Optim(optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=1.0))
@@ -520,6 +533,7 @@ def statistics(world: World, chosen: Config) -> Weights:
     return {name: value for name, value in run.engine.buffers().items() if value.is_floating_point()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_running_statistics_are_fp32_whatever_the_weights_that_compute(two: Gang, zero: int) -> None:
     half = two.run(statistics, config(zero=zero, model=NORMED["cmt"], precision="bf16"))[0]

@@ -76,6 +76,7 @@ def test_every_build_makes_the_same_bytes_though_tasks_and_nodes_are_killed(tmp_
 # the plan
 
 
+@pytest.mark.slow
 def test_every_shard_mixes_classes_though_the_source_is_sorted_by_class(
     local_ray: None, pictures: Path, tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_higher_limit_of_refusals_goes_on_with_what_was_made(local_ray: None, 
 # wherever they lie
 
 
+@pytest.mark.slow
 def test_a_source_in_a_bucket_gives_the_bytes_of_one_in_a_folder_whatever_stays_together(
     local_ray: None, s3: str, pictures: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +209,7 @@ def test_a_source_in_a_bucket_gives_the_bytes_of_one_in_a_folder_whatever_stays_
         assert contents(Path(local.folder.absolute)) == contents(tmp_path / f"remote-{run}" / "test" / "all")
 
 
+@pytest.mark.slow
 def test_a_set_made_and_verified_through_a_faulty_store_is_the_one_of_a_folder(
     local_ray: None, faulty: tuple[str, Faults], pictures: Path, tmp_path: Path
 ) -> None:
@@ -294,6 +297,7 @@ def test_scaled_sets_differ_from_kept_ones_and_say_so(local_ray: None, pictures:
 # the command
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_becomes_a_set_by_one_command(pictures: Path, tmp_path: Path) -> None:
     words = ("folder", "--name", "birds", "--source", pictures, "--to", tmp_path / "sets", "--samples-per-shard", "20")
     done = prepare(*words)
@@ -305,6 +309,7 @@ def test_a_folder_of_pictures_becomes_a_set_by_one_command(pictures: Path, tmp_p
         assert sheet.width > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "answer"),
     [

@@ -44,6 +44,7 @@ SMALL: dict[str, Architecture] = {
 STATEFUL = ("cmt", "maxvit", "efficientnet")  # those with batch norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_builds_and_has_the_parameters_that_are_counted(name: str) -> None:
     config = presets()[name]
@@ -59,6 +60,7 @@ def test_every_preset_is_itself_when_it_has_been_written_down(name: str) -> None
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", experiments.known())
 def test_the_model_of_every_experiment_builds_and_fits_a_gpu_of_80_gigabytes(name: str) -> None:
     config = experiments.load(name)

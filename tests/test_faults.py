@@ -113,6 +113,7 @@ def every_fault() -> Iterator[Any]:
                 yield pytest.param(operation, fault, id=f"{operation}-{fault.name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("operation", "fault"), list(every_fault()))
 def test_a_fault_that_passes_costs_time_and_never_data(
     operation: str, fault: Fault, faulty: Faulty, tmp_path: Path
@@ -148,6 +149,7 @@ def test_a_file_that_a_store_says_it_has_taken_is_there(operation: str, faulty: 
     assert contents(store) == contents(local) and faults.injected[Fault.FORGOTTEN] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_goes_wrong_by_chance_a_bucket_ends_as_if_it_were_a_folder(
     seed: int, faulty: Faulty, tmp_path: Path
@@ -164,6 +166,7 @@ def test_whatever_goes_wrong_by_chance_a_bucket_ends_as_if_it_were_a_folder(
     assert len(faults.injected) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.TRUNCATED, Fault.SLOW_DOWN, Fault.RESET])
 def test_every_part_of_a_large_file_arrives(
     fault: Fault, faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -547,6 +550,7 @@ def test_every_fault_that_stays_is_one_line_in_the_end(
     assert faults.injected[fault] >= 9 and not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("methods", [("GET", "HEAD"), ("GET",)])
 def test_credentials_that_nobody_renews_are_one_line_with_the_way_out(
     methods: tuple[str, ...], faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -683,6 +687,7 @@ def test_every_range_that_is_not_there_is_named(folder: Folder) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_all_files_below_are_found_whatever_the_number_of_pages(folder: Folder) -> None:
     names = [f"{number % 3}/{number}" for number in range(1100)]
     with ThreadPoolExecutor(16) as pool:

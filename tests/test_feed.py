@@ -75,6 +75,7 @@ def same(ours: list[Batch], theirs: list[Batch]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(given(ours), given(theirs), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [Augment(), ALL], ids=["plain", "augmented"])
 @pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

@@ -290,6 +290,7 @@ def _whole(chosen: Any) -> Cut:
 # --- what is learnt -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["pretrained", "scratch"])
 def test_every_trial_has_one_result_and_learns_what_can_be_learnt(place: Path, start: str) -> None:
     trial = trial_of(place, start=start)
@@ -342,6 +343,7 @@ def test_a_moving_average_is_what_is_judged(place: Path) -> None:
     assert not np.allclose(averaged, steps[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -505,6 +507,7 @@ def test_features_of_other_looks_are_never_mixed_up_and_those_of_long_ago_are_le
 # --- what a model begins with ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_begins_with_its_own_weights_a_head_of_zeros_and_no_tanh_layer(
     place: Path, tmp_path: Path, family: str
@@ -528,6 +531,7 @@ def test_every_family_begins_with_its_own_weights_a_head_of_zeros_and_no_tanh_la
     assert frozen(torch.rand(2, 3, size, size)).ndim == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_fine_tuned(place: Path, tmp_path: Path, family: str) -> None:
     start = exported(tmp_path, FAMILIES[family], place / "sets")

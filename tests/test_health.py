@@ -358,6 +358,7 @@ def same(ours: Ended, theirs: Ended) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_nan_in_a_batch_leaves_the_weights_as_if_the_batch_had_been_left_out_whatever_the_stage(
@@ -388,6 +389,7 @@ def test_too_many_steps_in_a_row_end_the_run_naming_steps_and_pictures(clinic: C
         assert f"step {step}: {', '.join(keys[:3])}" in ended.wrong and ended.note(step)["keys"] == keys
 
 
+@pytest.mark.slow
 @slow
 @pytest.mark.parametrize("die_at", [10, 12])
 def test_a_run_killed_around_a_step_that_is_left_out_is_as_if_undisturbed(clinic: Clinic, die_at: int) -> None:
@@ -402,6 +404,7 @@ def test_a_run_killed_around_a_step_that_is_left_out_is_as_if_undisturbed(clinic
         }
 
 
+@pytest.mark.slow
 @slow
 @pytest.mark.parametrize("spike", ["log", "skip", "rollback"])
 def test_a_spike_is_kept_left_out_or_gone_back_behind(clinic: Clinic, spike: Any) -> None:
@@ -421,6 +424,7 @@ def test_a_spike_is_kept_left_out_or_gone_back_behind(clinic: Clinic, spike: Any
         assert any("goes back to step 7" in said for said in sick.said)
 
 
+@pytest.mark.slow
 @slow
 @pytest.mark.parametrize("log_every", [1, 20])  # with 20, the spike is seen in the middle of the step after it
 def test_a_run_goes_back_to_its_start_where_a_spike_comes_before_every_checkpoint(
@@ -432,6 +436,7 @@ def test_a_run_goes_back_to_its_start_where_a_spike_comes_before_every_checkpoin
     assert any("goes back to step 0" in said for said in sick.said)
 
 
+@pytest.mark.slow
 @slow
 def test_a_changed_rate_applies_from_its_step_on_also_after_another_restart(clinic: Clinic) -> None:
     config = clinic.config(milestone_every=7)
@@ -454,6 +459,7 @@ def test_a_changed_rate_applies_from_its_step_on_also_after_another_restart(clin
         assert find(str(runs[0].folder / "milestones" / f"step-{step:08}")).weights().keys() == runs[0].weights().keys()
 
 
+@pytest.mark.slow
 @slow
 def test_a_ledger_counts_every_replayed_step_and_none_of_a_quiet_run(clinic: Clinic) -> None:
     quiet = clinic.start("sound")
@@ -469,6 +475,7 @@ def test_a_ledger_counts_every_replayed_step_and_none_of_a_quiet_run(clinic: Cli
     assert same(quiet, again)
 
 
+@pytest.mark.slow
 @slow
 @pytest.mark.parametrize(("log_every", "end"), [(1, 9), (20, 10)])
 def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(clinic: Clinic, log_every: int, end: int) -> None:
@@ -485,6 +492,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(clinic: Clin
         assert after.metric("loss") == quiet.metric("loss")
 
 
+@pytest.mark.slow
 @slow
 def test_a_start_whose_run_another_has_taken_over_completes_nothing_any_more(tmp_path: Path) -> None:
     alone = Clinic(tmp_path, 1)  # of several processes, whoever started them has to end the others

@@ -99,6 +99,7 @@ def test_kubernetes_accepts_the_job_as_it_stands(job: dict[str, Any]) -> None:
     assert [error.message for error in validator().iter_errors(job)] == []
 
 
+@pytest.mark.slow
 def test_every_misspelt_or_mistyped_field_of_the_job_would_be_refused(job: dict[str, Any]) -> None:
     cluster = job["spec"]["rayClusterSpec"]
     worker = cluster["workerGroupSpecs"][0]

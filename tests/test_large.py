@@ -1,11 +1,10 @@
 """A fine-tuning that is a run of its own: whoever is killed, its result is that of the quiet one.
 
-`python -m tests.test_large FOLDER TRIAL` is one driver of such a trial, with a Ray of its own.
+`python tests/test_large.py FOLDER TO CHANGES PROCESSES` is one driver of such a trial, on the Ray of `RAY_ADDRESS`.
 """
 
 import json
 import os
-import subprocess
 import sys
 import time
 from base64 import b64decode
@@ -44,12 +43,13 @@ from pipeline.transfer.tasks import Part, Task
 from shards.manifest import ShardSet
 from shards.storage import Folder
 from tests import tiny
-from tests.family import kill_all
+from tests.family import family, kill, suspend
+from tests.gang import JobProcess
 
 pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = Vit(width=16, depth=2, heads=2, hidden=32, patch=4, image_size=12, representation=True, dropout=0.1)
-RECIPE = Recipe(steps=800, batch=16, warmup=5, size=16, average=0.9, training="crop", layers=1, mixup=0.2)
+RECIPE = Recipe(steps=500, batch=16, warmup=5, size=16, average=0.9, training="crop", layers=1, mixup=0.2)
 TASK = Task(
     "tiny",
     "tiny",
@@ -339,19 +339,12 @@ def test_every_trial_that_does_not_fit_is_refused_before_a_machine_is_asked_for(
 
 
 class Told:
-    """A module of tests as a driver of its own, which starts a Ray of its own; its home is the place."""
+    """A module of tests as a driver of its own, on the Ray at `address`; its home is the place."""
 
-    def __init__(self, module: str, place: Path, to: str, *words: str) -> None:
-        self._said = (place / f"{to}.txt").open("a+")
-        left = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, str(place), to, *words],
-            env={**{k: v for k, v in os.environ.items() if k not in left}, "HOME": str(place)},
-            cwd=ROOT,
-            stdout=self._said,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    def __init__(self, module: str, place: Path, to: str, address: str, *words: str) -> None:
+        uri = f"sqlite:///{place}/mlflow.db"
+        env = {**os.environ, "HOME": str(place), "RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": uri}
+        self.process = JobProcess(ROOT / "tests" / f"{module}.py", place, to, *words, env=env)
 
     def wait_for(self, there: Callable[[], Any]) -> None:
         """Return when something is there."""
@@ -360,22 +353,24 @@ class Told:
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """Kill the driver and all that it has started."""
-        kill_all(self.process)
+        """Kill the driver and the processes of its run, none of which does a step more."""
+        workers = family(name="TrainWorker")
+        suspend(workers)
+        self.process.kill()
+        kill(workers)
 
     def said(self) -> str:
-        self._said.flush()
-        self._said.seek(0)
-        return self._said.read()
+        """What it has printed so far."""
+        return "".join(self.process.said())
 
 
 class Driver(Told):
     """One driver of a trial."""
 
-    def __init__(self, place: Path, to: str, chosen: Trial, processes: int) -> None:
+    def __init__(self, place: Path, to: str, address: str, chosen: Trial, processes: int) -> None:
         self.run = place / to / "runs" / chosen.name
         what = json.dumps({"split": chosen.split, "rate": chosen.rate})
-        super().__init__("tests.test_large", place, to, what, str(processes))
+        super().__init__("test_large", place, to, address, what, str(processes))
 
     def wait_for_checkpoint(self) -> None:
         """Return when there is a complete one."""
@@ -391,20 +386,20 @@ class Driver(Told):
 
 
 @pytest.fixture(scope="module")
-def quiet(place: Path) -> Iterator[tuple[dict[str, Any], Driver]]:
-    driver = Driver(place, "quiet", trial(place), 2)
+def quiet(place: Path, address: str) -> Iterator[tuple[dict[str, Any], Driver]]:
+    driver = Driver(place, "quiet", address, trial(place), 2)
     yield driver.result(), driver
 
 
 @pytest.mark.slow
 def test_a_fine_tuning_that_is_killed_in_the_middle_has_the_result_of_the_quiet_one(
-    place: Path, quiet: tuple[dict[str, Any], Driver]
+    place: Path, quiet: tuple[dict[str, Any], Driver], address: str
 ) -> None:
-    first = Driver(place, "killed", trial(place), 2)
+    first = Driver(place, "killed", address, trial(place), 2)
     first.wait_for_checkpoint()
     first.kill()
     assert not (first.run / "export").exists()
-    again = Driver(place, "killed", trial(place), 2)
+    again = Driver(place, "killed", address, trial(place), 2)
     assert {**again.result(), "seconds": 0} == {**quiet[0], "seconds": 0}
     assert "goes on after step" in again.said()
     ours, theirs = (find(str(driver.run)).weights() for driver in (again, quiet[1]))
@@ -426,9 +421,11 @@ def test_every_test_picture_counts_once_and_a_model_that_learnt_is_right_of_most
 
 
 @pytest.mark.slow
-def test_a_trial_that_has_been_counted_is_not_run_again(place: Path, quiet: tuple[dict[str, Any], Driver]) -> None:
+def test_a_trial_that_has_been_counted_is_not_run_again(
+    place: Path, quiet: tuple[dict[str, Any], Driver], address: str
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in quiet[1].run.rglob("*") if path.is_file()}
-    again = Driver(place, "quiet", trial(place), 2)
+    again = Driver(place, "quiet", address, trial(place), 2)
     assert {**again.result(), "seconds": 0} == {**quiet[0], "seconds": 0}
     assert {path: path.stat().st_mtime_ns for path in quiet[1].run.rglob("*") if path.is_file()} == before
 
@@ -439,7 +436,7 @@ def main() -> None:
 
     place, to, changes, processes = sys.argv[1:]
     chosen = trial(Path(place), **json.loads(changes))
-    ray.init("local", num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    ray.init(os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     folder = Path(place) / to
     start, data = f"{place}/start", f"{place}/data"
     result = large.perform(chosen, start, data, Folder(str(folder)), processes=[int(processes)])

@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from jobs import pretrain as job
@@ -29,6 +28,7 @@ from pipeline.train.checkpoint import complete, name_of
 from shards.storage import Folder
 from tests import tiny
 from tests.family import family, kill, kill_all, suspend
+from tests.gang import JobProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 160
@@ -67,9 +67,9 @@ def words(place: Path, name: str, **changes: object) -> list[str]:
 
 
 class Driver:
-    """`python jobs/pretrain.py`, which starts a Ray of its own unless a cluster is named; its home is the place.
+    """`python jobs/pretrain.py`, which starts a Ray of its own unless an address is given; its home is the place.
 
-    On a cluster, whose nodes are children of the test, its MLflow is where it would be without one.
+    On that Ray, whose nodes are children of the test, its MLflow is where it would be without one.
     """
 
     def __init__(self, place: Path, name: str, cluster: str = "", **changes: object) -> None:
@@ -80,15 +80,8 @@ class Driver:
         self._cluster = cluster
         if cluster:
             changes = {"tracking_uri": mlflow_at(place), **changes}
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / "pretrain.py"), *words(place, name, **changes)],
-            env={**kept, "HOME": str(place), **({"RAY_ADDRESS": cluster} if cluster else {})},
-            cwd=place,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        env = {**kept, "HOME": str(place), **({"RAY_ADDRESS": cluster} if cluster else {})}
+        self._process = JobProcess("pretrain.py", *words(place, name, **changes), env=env, cwd=place)
 
     def workers(self) -> list[psutil.Process]:
         """The processes of the run."""
@@ -167,20 +160,13 @@ def logged(place: Path, name: str, status: str = "FINISHED") -> list[int]:
     return sorted(metric.step for metric in client.get_metric_history(only.info.run_id, "loss"))
 
 
-@pytest.fixture
-def address(cluster: Cluster) -> str:
-    """A Ray with room for a run of two processes."""
-    cluster.add_node(num_cpus=2)
-    return str(cluster.address)
-
-
 EVERY_LINE = list(range(2, STEPS + 1, 2))  # an epoch, which ends a line, is two steps
 
 
 @pytest.fixture(scope="module")
-def quiet(place: Path) -> Path:
+def quiet(place: Path, address: str) -> Path:
     """A run that nobody disturbs."""
-    driver = Driver(place, "quiet")
+    driver = Driver(place, "quiet", address)
     assert f"quiet: {STEPS} steps; " in driver.end()
     return driver.folder
 
@@ -465,6 +451,7 @@ def test_every_question_is_answered_without_anything_heavy(argv: list[str], said
     assert not HEAVY & set(ended.stderr.split())
 
 
+@pytest.mark.slow
 def test_whoever_starts_a_run_and_whoever_controls_it_wait_for_nothing_that_only_its_processes_need() -> None:
     light = "import sys, pipeline.launch, pipeline.train.board, pipeline.train.folder; print(*sys.modules)"
     assert not {"torch", "deepspeed", "mlflow"} & set(modules(light))

@@ -152,6 +152,7 @@ def test_all_that_a_model_of_any_family_keeps_for_its_backward_pass_is_counted(n
     assert pictures * activation_bytes(one, pictures) == pytest.approx(peak(found), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_s16", "deit_b16", "vit_h14"])
 def test_what_is_reckoned_of_a_transformer_is_what_torch_counts(name: str) -> None:
     from pipeline.models.kept import kept_bytes

@@ -66,6 +66,7 @@ def beside(config: Bit, classes: int) -> Any:
 # --- parity ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "height", "width"),
     [(SMALL, 32, 32), (SMALL, 45, 64), (replace(SMALL, factor=2), 33, 31), (presets.bit_r50x1, 64, 40)],
@@ -136,6 +137,7 @@ sizes = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(sizes, st.integers(0, 20))
 def test_every_count_is_torchs_own_whatever_the_configuration(config: Bit, classes: int) -> None:

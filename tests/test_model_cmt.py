@@ -282,6 +282,7 @@ def configs(draw: st.DrawFn) -> Cmt:
     return replace(config, image_size=config.multiple * draw(st.integers(1, 2)))
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(configs(), st.sampled_from([0, 1, 17]))
 def test_every_parameter_and_multiplication_is_counted_whatever_the_widths(config: Cmt, classes: int) -> None:

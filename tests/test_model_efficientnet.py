@@ -84,6 +84,7 @@ SYMMETRIC = replace(SMALL, padding="symmetric", epsilon=1e-5)
 B0 = replace(efficientnet_b0, dropout=0.0, stochastic_depth=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(
     ("config", "height", "width"),
@@ -160,6 +161,7 @@ sizes = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(sizes, st.integers(0, 20))
 def test_every_count_is_torchs_own_whatever_the_configuration(config: Efficientnet, classes: int) -> None:
@@ -297,6 +299,7 @@ def test_every_stage_can_be_computed_anew_for_its_gradient() -> None:
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_every_compiled_pass_is_the_eager_one_without_a_break() -> None:
     torch.compiler.reset()
     compiled = torch.compile(fixed(), backend="aot_eager", fullgraph=True)

@@ -69,6 +69,7 @@ def pictures(count: int, height: int, width: int) -> Tensor:
 # --- counts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize("classes", [0, 7])
 def test_every_parameter_and_every_multiplication_is_counted(config: Hybrid, classes: int) -> None:
@@ -80,6 +81,7 @@ def test_every_parameter_and_every_multiplication_is_counted(config: Hybrid, cla
     assert 2 * flops.macs(config, classes) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_preset_has_the_published_size_and_the_names_of_timm(name: str) -> None:
     config, count, giga = PUBLISHED[name]

@@ -114,6 +114,7 @@ def square(count: int, config: Vit) -> Tensor:
 # --- counts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize("classes", [0, 7])
 def test_every_parameter_and_every_multiplication_is_counted(config: Vit, classes: int) -> None:
@@ -125,6 +126,7 @@ def test_every_parameter_and_every_multiplication_is_counted(config: Vit, classe
     assert 2 * flops.macs(config, classes) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_preset_has_the_published_size_and_the_names_of_timm(name: str) -> None:
     config, count, giga = PUBLISHED[name]

@@ -58,6 +58,7 @@ def test_to_skip_pictures_is_to_have_read_them_whatever_the_position(order: Orde
         assert pictures(stretch(order, range(lane, lane + 1), start, count)) == read[start:]
 
 
+@pytest.mark.slow
 @given(orders() | mixtures() | repetitions(), st.integers(0, 30), st.integers(1, 3))
 @settings(deadline=None)
 def test_the_cluster_does_not_change_the_pictures_of_a_step(

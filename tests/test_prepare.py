@@ -14,6 +14,7 @@ from threading import Thread
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from ray import cloudpickle
 
 from shards.build import build, finish, make_shard, parts
@@ -95,8 +96,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def prepare(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | environment
-    return run_job("prepare.py", *words, env=environment)
+    """`python jobs/prepare.py`, on the Ray that this process has joined, if any."""
+    if ray.is_initialized():
+        environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    return run_job("prepare.py", *words, env={**os.environ, **environment})
 
 
 # what a build makes
@@ -243,6 +246,7 @@ def test_verify_finds_every_flipped_byte(
 # the command
 
 
+@pytest.mark.slow
 def test_a_job_killed_half_way_and_started_again_equals_an_undisturbed_one(local_ray: None, tmp_path: Path) -> None:
     options = ("--samples-per-shard", "4", "--to")
     _kill_when(
@@ -294,6 +298,7 @@ def test_a_finished_set_is_said_to_be_there_without_a_ray(local_ray: None, tmp_p
     assert "ray" not in again.stderr.lower()
 
 
+@pytest.mark.slow
 def test_a_bucket_gets_the_bytes_that_a_folder_gets(local_ray: None, s3: str, tmp_path: Path) -> None:
     made = prepare("digits", "--to", s3, "--samples-per-shard", "100")
     assert made.returncode == 0, made.stderr
@@ -311,6 +316,7 @@ def test_a_bucket_gets_the_bytes_that_a_folder_gets(local_ray: None, s3: str, tm
     assert wrong.stdout.splitlines()[-1] == f"wrong: {bucket.url}/000003.tar: its digest is not that of the manifest"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "answer"),
     [

@@ -122,6 +122,7 @@ def many(count: int, classes: int, seed: int, shards: int = 40) -> Labels:
     )
 
 
+@pytest.mark.slow
 def test_every_class_has_its_shots_and_every_picture_one_class_whatever_the_number_of_classes() -> None:
     training, validation = many(200_000, 21_843, seed=0), many(20_000, 21_843, seed=1)
     found = chosen(training, validation, Size(CLASSES, PICTURES))
@@ -218,6 +219,7 @@ def as_if(ours: Path, theirs: Path) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_every_milestone_is_probed_once_and_the_probe_changes_nothing(gangs: dict[int, Gang], place: Path) -> None:
     probed, values = pretrain(gangs[1], place, "probed")
     plain, none = pretrain(gangs[1], place, "plain", probe=False)
@@ -237,6 +239,7 @@ def test_a_milestone_is_worth_the_same_whatever_the_processes_and_the_zero_stage
         assert dict(together) == pytest.approx(dict(alone), abs=0.03), "two of 70 pictures may be on the edge"
 
 
+@pytest.mark.slow
 def test_the_value_is_that_of_the_milestone_and_the_closed_form_as_if_they_were_put_together_by_hand(
     gangs: dict[int, Gang], place: Path
 ) -> None:
@@ -272,6 +275,7 @@ def tiny_vit() -> Vit:
     return Vit(width=16, depth=2, heads=2, hidden=32, patch=4, image_size=12)
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_decoded_are_named_and_the_others_probed(gangs: dict[int, Gang], place: Path) -> None:
     folder, values = pretrain(gangs[2], place, "spoilt-run", of="spoilt")
     assert [step for step, _ in values] == [80, 160]
@@ -283,6 +287,7 @@ def test_a_run_whose_milestones_are_too_cheap_says_so_and_goes_on(gangs: dict[in
     assert values == [] and "milestones are not probed: 5 steps" in (folder / "said").read_text()
 
 
+@pytest.mark.slow
 def test_masked_patches_are_probed_though_there_is_no_head(gangs: dict[int, Gang], place: Path) -> None:
     _, values = pretrain(gangs[2], place, "masked", objective="masked", model=tiny_vit())
     assert [step for step, _ in values] == [80, 160]

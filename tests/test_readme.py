@@ -1,8 +1,8 @@
 """The README says what is so: its commands run, its table is that of the files."""
 
+import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import experiments
 from shards.datasets import known
+from tests.gang import run_job
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,18 +26,13 @@ SHORT = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_command_of_the_readme_runs_one_after_the_other(tmp_path: Path) -> None:
+def test_every_command_of_the_readme_runs_one_after_the_other(address: str, tmp_path: Path) -> None:
+    given = {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/ml.db", "RAY_ADDRESS": address}
     for command in COMMANDS:
         python, script, *options = shlex.split(command)
         assert python == "python"
         short = [] if "--dry-run" in options else SHORT.get(Path(script).name, [])
-        ended = subprocess.run(
-            [sys.executable, str(ROOT / script), *options, *short],
-            cwd=tmp_path,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/ml.db"},
-            capture_output=True,
-            text=True,
-        )
+        ended = run_job(ROOT / script, *options, *short, env={**os.environ, **given}, cwd=tmp_path)
         assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
     assert "pretrained" in (tmp_path / "work/report/report.html").read_text()
 

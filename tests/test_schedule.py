@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ from pipeline.transfer.results import Result, Results
 from pipeline.transfer.schedule import Book, Cron, Milestone, Runs, turns
 from shards.storage import Folder
 from tests import tiny
+from tests.gang import JobProcess, run_job
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(300)
@@ -547,13 +546,12 @@ def test_every_milestone_that_is_due_is_handed_to_finetune_in_words_that_it_read
 
 @pytest.mark.slow
 def test_a_milestone_that_is_committed_meanwhile_has_its_results_whatever_is_killed(
-    place: Path, tmp_path: Path
+    place: Path, address: str, tmp_path: Path
 ) -> None:
-    """With jobs/finetune.py itself, on a Ray that it starts."""
+    """With jobs/finetune.py itself."""
     words = ["--runs", f"{place}/runs", "--data", f"{place}/sets", "--to", str(tmp_path / "to"), "--tasks", "digits"]
     words += ["--protocol", "fewshot", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", "--every", "0.5"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, str(ROOT / "jobs" / "schedule.py"), *words]
+    env = {**os.environ, "RAY_ADDRESS": address}
 
     def commit_one(steps: int) -> None:
         name = f"step-{steps:08}"
@@ -562,23 +560,22 @@ def test_a_milestone_that_is_committed_meanwhile_has_its_results_whatever_is_kil
     def models() -> set[str]:
         return {result["trial"]["model"] for result in Results(Folder(str(tmp_path / "to"))).load().values()}
 
-    with (tmp_path / "log").open("w") as log:
-        first = subprocess.Popen([*command, "--on-milestone"], env=env, stdout=log, stderr=log)
-        try:
-            wait_for(lambda: len(models()) == 1 or first.poll() is not None)
-            commit_one(200)
-            wait_for(lambda: len(models()) == 2 or first.poll() is not None)
-            first.send_signal(signal.SIGTERM)
-            assert first.wait(60) == 130, (tmp_path / "log").read_text()
-        finally:
-            first.kill()
+    first = JobProcess("schedule.py", *words, "--on-milestone", env=env)
+    try:
+        wait_for(lambda: len(models()) == 1 or first.poll() is not None)
+        commit_one(200)
+        wait_for(lambda: len(models()) == 2 or first.poll() is not None)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 130, first.said()
+    finally:
+        first.kill()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "to" / "results").iterdir()}
     commit_one(300)
-    once = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    once = run_job("schedule.py", *words, env=env, timeout=200)
     assert once.returncode == 0, once.stdout + once.stderr
     assert "results are missing of a/milestones/step-00000300" in once.stdout and len(models()) == 3
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
-    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    again = run_job("schedule.py", *words, env=env, timeout=200)
     assert (again.returncode, again.stdout) == (0, "schedule: no results are missing\n")
 
 

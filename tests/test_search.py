@@ -1,6 +1,6 @@
 """A learning rate that is searched by successive halving: what gets to the end is what it would be without.
 
-`python -m tests.test_search FOLDER TO` is one driver of a search, with a Ray of its own.
+`python tests/test_search.py FOLDER TO` is one driver of a search, on the Ray of `RAY_ADDRESS`.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.cluster_utils import Cluster
 
 from jobs import finetune as job
 from pipeline import large
@@ -320,8 +321,8 @@ def test_a_run_that_was_judged_on_the_way_ends_as_if_it_had_not_been(place: Path
 class Driver(Told):
     """One driver of a search."""
 
-    def __init__(self, place: Path, to: str) -> None:
-        super().__init__("tests.test_search", place, to)
+    def __init__(self, place: Path, to: str, address: str) -> None:
+        super().__init__("test_search", place, to, address)
 
     def end(self) -> str:
         """What it has said by its end."""
@@ -334,18 +335,19 @@ class Driver(Told):
 
 @pytest.mark.slow
 def test_a_search_that_is_killed_in_the_middle_goes_on_and_leaves_no_half_results(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cluster.add_node(num_cpus=1)
     chosen = wanted(place, "killed")
     runs = [large.folder_of(each, chosen.folder) for each in chosen.trials.values()]
-    first = Driver(place, "killed")
+    first = Driver(place, "killed", str(cluster.address))
     own = chosen.folder / "tune" / chosen.name
     first.wait_for(lambda: any("rungs" in state.read_text() for state in Path(own.absolute).glob("experiment_state*")))
+    first.wait_for(lambda: restorable(own))
     first.kill()
-    assert restorable(own)
     judged = {run.absolute: (Path(run.absolute) / "rungs/2.json") for run in runs if run.exists("rungs/2.json")}
     before = {path: path.stat().st_mtime_ns for path in judged.values()}
-    said = Driver(place, "killed").end()
+    said = Driver(place, "killed", str(cluster.address)).end()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     good = next(name for name, each in chosen.trials.items() if each.rate == 0.1)
     known = Results(chosen.folder).load()
@@ -368,14 +370,8 @@ def main() -> None:
 
     place, to = sys.argv[1:]
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "0"  # so that what was told is kept as soon as it was
-    ray.init(
-        "local",
-        num_cpus=1,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
+    settings = {"logging_level": logging.ERROR, "log_to_driver": False}
+    ray.init(os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, **settings)
     chosen = wanted(Path(place), to)
     print("chosen", search(chosen, Results(chosen.folder), claim_seconds=3.0, skew=0.0))
 

@@ -201,6 +201,7 @@ def test_an_unknown_data_set_is_refused_with_those_that_are_called_alike() -> No
         find("minst")
 
 
+@pytest.mark.slow
 @DEBIAN
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist", "fashion_offset", "mnist"])
 def test_every_split_has_its_pictures_of_every_class_and_shares_none(name: str, tmp_path: Path) -> None:

@@ -504,6 +504,7 @@ def test_every_sprite_is_in_one_split_with_its_pixels_and_vtabs_label(place: int
     assert sorted(seen) == list(range(200))
 
 
+@pytest.mark.slow
 def test_both_tasks_on_sprites_split_the_pictures_alike_and_name_every_value_of_theirs() -> None:
     for dataset, task, column in zip(dsprites.DATASETS, (sprites.location, sprites.orientation), (4, 3), strict=True):
         values = sprites.FACTORS[column]

@@ -771,6 +771,7 @@ def test_every_picture_with_reassessed_labels_has_all_of_them(tmp_path: Path, wi
     assert rows == [(f"ILSVRC2012_val_{n:08}", labels[n - 1], noise(n)) for n in (1, 3, 4)]
 
 
+@pytest.mark.slow
 @given(labels=some.lists(some.lists(some.integers(0, 999), unique=True, max_size=3), max_size=20))
 @settings(max_examples=5, deadline=None)
 def test_every_list_of_labels_is_read_back(labels: list[list[int]]) -> None:

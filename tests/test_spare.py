@@ -204,6 +204,7 @@ def test_an_actor_that_outlives_its_driver_holds_nothing_of_its_own(actors: Any)
     assert held(ONE) == {}
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_room_for_a_run_and_goes_on_beside_it_and_after_it(local_ray: None, tmp_path: Path) -> None:
     import ray
     from ray.util import placement_group, remove_placement_group

@@ -87,6 +87,7 @@ def test_a_target_that_holds_another_part_is_refused(whole: ShardSet, tmp_path: 
         part(whole, copy, share=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "answer"),
     [

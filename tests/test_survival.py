@@ -94,30 +94,17 @@ HAPPENS = [
 """Four blows, or twenty, whose order is left to chance."""
 
 
-@pytest.fixture
-def bucket(faulty: tuple[str, Faults]) -> tuple[str, Faults]:
-    """Before the cluster, whose nodes find it by the environment."""
-    return faulty
-
-
-@pytest.fixture
-def besieged_cluster(bucket: tuple[str, Faults]) -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    yield made
-    made.shutdown()
-
-
 def weights(run: Folder) -> dict[str, torch.Tensor]:
     return load((run / "export").read("model.safetensors"))
 
 
 @pytest.mark.soak
 def test_whatever_is_killed_at_any_time_a_run_ends_as_if_it_had_been_left_alone(
-    tmp_path: Path, bucket: tuple[str, Faults], besieged_cluster: Cluster
+    tmp_path: Path, faulty: tuple[str, Faults], cluster: Cluster
 ) -> None:
     tiny.shard_set(tmp_path / "set")
-    url, faults = bucket
-    chance, cluster = random.Random("siege"), besieged_cluster
+    url, faults = faulty
+    chance = random.Random("siege")
     long = {"duration": STEPS / 2, "save_every": SAVE_EVERY, "max_failures": 100, "tracking_uri": store(tmp_path)}
     besieged = Besieged(
         lambda: Driver(tmp_path, "besieged", cluster=str(cluster.address), to=url, **long), cluster, faults, chance
@@ -245,6 +232,7 @@ def test_a_job_that_is_stopped_has_saved_and_goes_on_from_there_with_what_is_cha
     tiny.shard_set(tmp_path / "set")
     # No checkpoint is due soon after the first, and no failure is forgiven: to be stopped is none.
     endless = {"duration": 10**6, "max_failures": 0, "optim__decay": "constant", "log_every": 1, "save_every": 50}
+    endless["processes"] = 1  # which leaves a processor to what submits, stops and asks
     with demo.ray_head(tmp_path) as environment:
         first = Submitted(environment, tmp_path, "stopped", 1, **endless)
         first.go_on()

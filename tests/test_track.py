@@ -51,6 +51,7 @@ def loss(step: int, start: int = 0) -> dict[str, float]:
     return {"loss": 1 / step + start, "lr": 0.1 * step}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_logs_each_step_once_whatever_it_measures_the_second_time(
     server: Server, run: str
 ) -> None:

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.cluster_utils import Cluster
@@ -34,6 +31,7 @@ from shards import progress
 from shards.storage import Folder
 from tests import tiny
 from tests.chores import Chores
+from tests.gang import JobProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(600)
@@ -282,6 +280,7 @@ class Counted:
         return {**result_of(trial, quality(trial)), "trial": asdict(trial)}  # before it has been written and read
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_a_sweep_that_is_killed_anywhere_goes_on_as_if_nothing_had_happened(
@@ -572,7 +571,7 @@ def wait_for(true: Callable[[], object]) -> None:
 
 # Two at a time, with one thread each: every worker costs the seconds that torch takes to load.
 SWEEP = ("--tasks", "digits,mnist", "--rates", "0.003", "0.1", "--seeds", "1", "--scratch", "--cpus-each", "1.5")
-SWEEP = (*SWEEP, "--claim-seconds", "5")
+SWEEP = (*SWEEP, "--claim-seconds", "5", "--protocol", "demo-short")
 COUNT = 2 * 2 * (2 + 1)
 SPLITS = {"train800": (40, 24), "val200": (21,), "test": (30,)}
 
@@ -631,25 +630,17 @@ def test_every_mistake_is_told_before_a_machine_is_asked_for(place: Path, tmp_pa
             job.main([f"--{name.replace('_', '-')}={value}" for name, value in words.items()])
 
 
-@pytest.fixture(scope="module")
-def address(local_ray: None) -> Iterator[str]:
-    yield ray.get_runtime_context().gcs_address
-
-
 class Driver:
     """`python jobs/finetune.py`, on the cluster at `address`."""
 
     def __init__(self, place: Path, to: Path, address: str, *words: str, data: Path | None = None) -> None:
-        command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), "--checkpoint", str(place / "run")]
-        command += ["--data", str(data or place / "sets"), "--to", str(to), *(words or SWEEP)]
+        given = ["--checkpoint", place / "run", "--data", data or place / "sets", "--to", to, *(words or SWEEP)]
         env = {**os.environ, "RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
-        self._process = subprocess.Popen(
-            command, env=env, cwd=to.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        self._process = JobProcess("finetune.py", *given, env=env, cwd=to.parent)
 
     def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
-        self._process.communicate()
+        self._process.kill()
+        self._process.wait()
 
     def end(self, code: int = 0) -> str:
         said, wrong = self._process.communicate(timeout=300)
@@ -703,18 +694,14 @@ def test_a_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 def test_a_sweep_that_loses_a_node_goes_on_as_if_nothing_had_happened(
-    undisturbed: dict[str, Result], place: Path
+    undisturbed: dict[str, Result], place: Path, cluster: Cluster
 ) -> None:
     to = place / "lost"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
-        driver = Driver(place, to, str(cluster.address))
-        wait_for(lambda: len(list((to / "results").glob("*.json"))) >= 3)
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        driver.end()
-    finally:
-        cluster.shutdown()
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    driver = Driver(place, to, str(cluster.address))
+    wait_for(lambda: len(list((to / "results").glob("*.json"))) >= 3)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    driver.end()
     assert table(to) == undisturbed
 
 

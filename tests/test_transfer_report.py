@@ -728,6 +728,7 @@ def test_the_page_draws_the_curves_that_there_are(tmp_path: Path) -> None:
     test_nothing_of_the_page_comes_from_a_network(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 900, 1400])
 def test_a_browser_draws_the_page_within_any_width(written: Path, tmp_path: Path, width: int) -> None:
     wide, high = drawn((written / "report.html").read_bytes(), tmp_path, width)

@@ -342,6 +342,7 @@ def written_by(way: str, state: dict[str, Tensor]) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["safetensors", "a state_dict", "an older format", "a checkpoint"])
 @every_model
 def test_every_model_is_read_from_every_file_of_pytorch(config: Architecture, way: str) -> None:
@@ -410,6 +411,7 @@ TIMM: dict[str, Architecture] = {
 every_timm = pytest.mark.parametrize("config", TIMM.values(), ids=TIMM)
 
 
+@pytest.mark.slow
 @every_timm
 def test_every_model_computes_in_timm_what_it_does_here(config: Architecture, tmp_path: Path) -> None:
     model = made(config)
@@ -426,6 +428,7 @@ def test_every_model_computes_in_timm_what_it_does_here(config: Architecture, tm
     assert close(ours, logits(by_folder, pictures(config)))
 
 
+@pytest.mark.slow
 @every_timm
 def test_every_model_of_timm_computes_here_what_it_does_there(config: Architecture) -> None:
     if isinstance(config, Maxvit):
@@ -458,6 +461,7 @@ def test_a_model_with_a_tanh_layer_has_the_same_features_in_timm(tmp_path: Path)
     assert close(tokens[:, 0].detach(), logits(theirs, pictures(config)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config", "settings"),
     [
@@ -614,7 +618,12 @@ def test_every_description_of_another_model_is_refused(described: dict, said: st
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [*VITS.values(), *OTHERS.values()], ids=[*VITS, *OTHERS])
+WRITTEN = {name: {**VITS, **OTHERS}[name] for name in ("a tanh layer", "query that pools", "a hybrid", *OTHERS)}
+"""One of each kind of graph: the others differ in sizes, or in an operation that one of these has, too."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", WRITTEN.values(), ids=WRITTEN)
 def test_every_model_computes_as_onnx_what_it_does_here_for_any_number_of_pictures(
     config: Architecture, tmp_path: Path
 ) -> None:
