@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from hashlib import sha256
 from typing import Any
 
@@ -40,9 +41,9 @@ REDUCTION = 3
 HALVINGS = 2
 CHOSEN, TUNE = "chosen", "tune"
 
-# What Ray Tune goes on from, by the beginnings of names; the last in order counts.
-_STATE, _TUNER = "experiment_state-", "tuner.pkl"
-_PICKLED = (_TUNER, "search_gen_state-", "basic-variant-state-", "callback-states-")
+# What Ray Tune goes on from; the last name in order counts.
+_STATE, _TUNER = "experiment_state-*.json", "tuner.pkl"
+_PICKLED = (_TUNER, "search_gen_state-*.json", "basic-variant-state-*.json", "callback-states-*.pkl")
 
 HEAD = "node:__internal_head__"
 """A resource of which Ray gives 1 to the node that outlives all others, where trials do nothing but wait for runs."""
@@ -222,7 +223,7 @@ def _run(wanted: Search, most: int, retries: int) -> None:
 def restorable(own: Folder) -> bool:
     """Whether Ray Tune has left enough to go on from: a search that was killed may have left half a file."""
     files = sorted(own.sizes())
-    newest = {kind: name for kind in (_STATE, *_PICKLED) for name in files if name.startswith(kind)}
+    newest = {kind: name for kind in (_STATE, *_PICKLED) for name in files if fnmatch(name, kind)}
     if not {_STATE, _TUNER} <= newest.keys():
         return False
     with suppress(ValueError):

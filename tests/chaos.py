@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def besiege(folder: Path, kills: int, chance: random.Random) -> None:
-    """Build the set until so many nodes and tasks have been killed; print what was, and a digest of each set."""
+    """Build the set until `kills` nodes and tasks have been killed; print which, and a digest of each set."""
     cluster = start_ray()
     nodes = [cluster.add_node(num_cpus=2) for _ in range(NODES)]
     root = str(Path(__file__).resolve().parents[1])

@@ -31,8 +31,12 @@ FILER = ("filer.port", "filer.port.grpc")
 # and whatever home its processes have.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
+# No test uses a Ray that it was not given.
+os.environ.pop("RAY_ADDRESS", None)
+
 # What opens the S3 server of a test, for the nodes of a Ray that was started before.
-os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+os.environ |= S3_KEYS
 
 # A shell lets what runs in its background ignore Ctrl-C, and that would be handed on to the processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -92,7 +96,6 @@ def address(fork_server: None) -> Iterator[str]:
     """Where a Ray of this session's own is, with more CPUs than this machine has processors."""
     from tests.nodes import start_ray
 
-    os.environ.pop("RAY_ADDRESS", None)
     made = start_ray(num_cpus=4)
     yield str(made.address)
     made.shutdown()
@@ -140,7 +143,8 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A SeaweedFS of this session's own, on loopback; the environment by which it is found."""
     folder = tmp_path_factory.mktemp("s3")
-    user = {"name": "test", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
+    keys = dict(zip(("accessKey", "secretKey"), S3_KEYS.values(), strict=True))
+    user = {"name": "test", "credentials": [keys], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [user]}))
     ports = dict(zip([*PORTS, *FILER], _free_ports(len(PORTS) + len(FILER)), strict=True))
     weed = [
@@ -158,8 +162,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     try:
         environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
+            **S3_KEYS,
             "AWS_REGION": "us-east-1",
         }
         _make_bucket(environment, folder / "log")

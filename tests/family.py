@@ -31,6 +31,15 @@ def suspend(processes: Iterable[psutil.Process]) -> None:
         _does(one, "suspend")
 
 
+def kill_run(driver: "JobProcess") -> None:
+    """Kill a driver and the processes of its run, none of which does a step more."""
+    workers = family(name="TrainWorker")
+    suspend(workers)
+    driver.kill()
+    driver.wait()
+    kill(workers)
+
+
 def kill_all(leader: "subprocess.Popen | JobProcess") -> None:
     """Kill a process and its family, none of which does a thing more once the first of them is dead; wait for it."""
     if leader.poll() is None:

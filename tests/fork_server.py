@@ -4,6 +4,7 @@ Ray's C++ reads the environment while it is imported, and that differs between j
 these the server forks one process, which imports Ray and forks the workers.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -13,7 +14,6 @@ import socket
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 MOST_BYTES = 1 << 18
@@ -21,8 +21,8 @@ LOOK_SECONDS = 5.0
 
 
 def serve(address: str) -> None:
-    """Have a process forked for whoever asks at this Unix socket, until killed."""
-    _import_what_runs_need()
+    """Have a process forked for each message at this Unix socket, until killed."""
+    importlib.import_module("tests.preloaded")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what is forked
     importers: dict[tuple[str, str], socket.socket] = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
@@ -34,28 +34,13 @@ def serve(address: str) -> None:
                 message, files, _, _ = socket.recv_fds(asked, MOST_BYTES, 3)
             environment = json.loads(message)[1]
             whose = environment["RAY_JOB_ID"], environment["RAY_RAYLET_PID"]
-            if whose not in importers:
+            try:
+                socket.send_fds(importers[whose], [message], files)
+            except (KeyError, BrokenPipeError):  # there is none yet, or it has ended with its node
                 importers[whose] = _fork_importer(environment, [server, *importers.values()])
-            socket.send_fds(importers[whose], [message], files)
+                socket.send_fds(importers[whose], [message], files)
             for file in files:
                 os.close(file)
-
-
-def _import_what_runs_need() -> None:
-    """Import what has nothing to do with Ray."""
-    import pyarrow.parquet  # noqa: F401
-    import torch
-    import torch._dynamo  # the first step of an optimizer would import it
-
-    import pipeline.train.run
-    import pipeline.transfer.finetune  # noqa: F401
-    from pipeline.track import log
-    from pipeline.train.engine import library
-
-    torch.set_num_threads(1)
-    library(torch.device("cpu"))
-    with TemporaryDirectory(prefix="vitscale-") as folder:  # MLflow takes seconds for its first store
-        log.begin(f"sqlite:///{folder}/mlflow.db", "first", {"vitscale.run": "first"}, {}, same="vitscale.run")
 
 
 def _fork_importer(environment: dict[str, str], others: list[socket.socket]) -> socket.socket:
@@ -68,11 +53,7 @@ def _fork_importer(environment: dict[str, str], others: list[socket.socket]) -> 
         other.close()
     os.environ.clear()
     os.environ |= environment
-    import ray.train.torch
-
-    import pipeline.launch  # noqa: F401
-
-    assert ray.train.torch
+    importlib.import_module("tests.preloaded_ray")
     while True:
         while not select.select([theirs], [], [], LOOK_SECONDS)[0]:
             if not Path("/proc", environment["RAY_RAYLET_PID"]).exists():

@@ -23,7 +23,7 @@ from pipeline.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 _FORKED = mp.get_context("forkserver")
-_FORKED.set_forkserver_preload(["tests.preloaded"])
+_FORKED.set_forkserver_preload(["tests.preloaded", "tests.preloaded_ray"])
 
 
 class Gang:
@@ -99,7 +99,8 @@ class JobProcess:
     ) -> None:
         self.args = [str(ROOT / "jobs" / name), *map(str, words)]
         self._aside = tempfile.TemporaryDirectory()
-        self._process = _FORKED.Process(target=_run_script, args=(self.args, self._aside.name, dict(env), str(cwd)))
+        self._files = Path(self._aside.name, "output"), Path(self._aside.name, "errors")
+        self._process = _FORKED.Process(target=_run_script, args=(self.args, self._files, dict(env), str(cwd)))
         self._process.start()
         _STARTED.add(self._process)
         self.pid: int = self._process.pid or 0
@@ -136,8 +137,8 @@ class JobProcess:
 
     def said(self) -> tuple[str, str]:
         """What it has printed so far on stdout and on stderr."""
-        output, errors = (Path(self._aside.name) / name for name in ("1", "2"))
-        return tuple(path.read_text() if path.exists() else "" for path in (output, errors))  # type: ignore[return-value]
+        output, errors = (path.read_text() if path.exists() else "" for path in self._files)
+        return output, errors
 
 
 def run_job(
@@ -156,9 +157,9 @@ def run_job(
     return subprocess.CompletedProcess(process.args, process.returncode or 0, output, errors)
 
 
-def _run_script(argv: list[str], aside: str, environment: dict[str, str], cwd: str) -> None:
+def _run_script(argv: list[str], files: tuple[Path, Path], environment: dict[str, str], cwd: str) -> None:
     os.setsid()
-    _send_output(f"{aside}/1", f"{aside}/2")
+    _send_output(*files)
     os.environ.clear()
     os.environ |= environment
     os.chdir(cwd)
@@ -171,7 +172,7 @@ def _run_script(argv: list[str], aside: str, environment: dict[str, str], cwd: s
         sys.stderr.flush()
 
 
-def _send_output(*files: str) -> None:
+def _send_output(*files: Path | str) -> None:
     """Let stdout and stderr go to these files."""
     for number, file in enumerate(files, 1):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

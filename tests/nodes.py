@@ -15,7 +15,12 @@ from ray.cluster_utils import Cluster
 ADDRESS = "VITSCALE_FORK_SERVER"
 """In the environment of a node: the Unix socket at which its workers are forked."""
 
-HEALTH_CHECKS = {"initial_delay_ms": 1000, "period_ms": 1000, "failure_threshold": 3}
+# A node that is killed is missed after three seconds rather than fifteen.
+HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
 
 _HERE = Path(__file__).resolve().parent
 
@@ -29,10 +34,8 @@ class Nodes(Cluster):
 
 
 def start_ray(*, num_cpus: int = 0) -> Nodes:
-    """Start a Ray whose head has so many CPUs; the environment names a server (`serving`)."""
-    # A node that is killed is missed after three seconds rather than fifteen.
-    soon = {f"health_check_{name}": value for name, value in HEALTH_CHECKS.items()}
-    head = {"num_cpus": num_cpus, "include_dashboard": False, "_system_config": soon}
+    """Start a Ray whose head has `num_cpus` CPUs; the environment names a server (`serving`)."""
+    head = {"num_cpus": num_cpus, "include_dashboard": False, "_system_config": HEALTH_CHECKS}
     return Nodes(initialize_head=True, head_node_args=head)
 
 

@@ -1,16 +1,14 @@
-"""What the process imports, and does once, from which those of a test are forked (tests/gang.py)."""
+"""What a process imports, and does once, before others are forked from it; nothing of Ray (tests/preloaded_ray.py)."""
 
 import tempfile
 
 import altair  # noqa: F401
 import pyarrow.parquet  # noqa: F401
-import ray.train.torch  # noqa: F401
 import torch
 import torch._dynamo  # the first step of an optimizer would import it
 
-import pipeline.launch
 import pipeline.train.run
-import pipeline.transfer.sweep  # noqa: F401
+import pipeline.transfer.finetune  # noqa: F401
 from pipeline.track import log
 from pipeline.train.engine import library
 

@@ -159,7 +159,8 @@ def test_a_run_whose_machine_is_taken_away_saves_and_goes_on_with_those_left_as_
     driver.wait_for("spot: has saved and stopped: a machine is about to go")
     assert "empty" in end_of(notice)
     driver.wait_for(r"stopped: a machine is about to go\n(.|\n)*spot: on 1 process\n(.|\n)*goes on after step")
-    saved = re.findall(r"goes on after step ([\d,]+)", driver.said)[-1]
+    after = driver.said.split("a machine is about to go\n")[1]
+    (saved,) = re.findall(r"goes on after step ([\d,]+)", after)
     driver.wait_for(lambda: max(driver_losses(tmp_path)) > int(saved.replace(",", "")) + 5)
     driver.stop()
     found = losses(tmp_path, "spot")

@@ -43,7 +43,7 @@ from pipeline.transfer.tasks import Part, Task
 from shards.manifest import ShardSet
 from shards.storage import Folder
 from tests import tiny
-from tests.family import family, kill, suspend
+from tests.family import kill_run
 from tests.gang import JobProcess
 
 pytestmark = pytest.mark.timeout(300)
@@ -354,10 +354,7 @@ class Told:
 
     def kill(self) -> None:
         """Kill the driver and the processes of its run, none of which does a step more."""
-        workers = family(name="TrainWorker")
-        suspend(workers)
-        self.process.kill()
-        kill(workers)
+        kill_run(self.process)
 
     def said(self) -> str:
         """What it has printed so far."""

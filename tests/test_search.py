@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -343,8 +344,16 @@ def test_a_search_that_is_killed_in_the_middle_goes_on_and_leaves_no_half_result
     first = Driver(place, "killed", str(cluster.address))
     own = chosen.folder / "tune" / chosen.name
     first.wait_for(lambda: any("rungs" in state.read_text() for state in Path(own.absolute).glob("experiment_state*")))
-    first.wait_for(lambda: restorable(own))
+
+    def stopped_between_writes() -> bool:
+        first.process.send_signal(signal.SIGSTOP)
+        if not (whole := restorable(own)):
+            first.process.send_signal(signal.SIGCONT)
+        return whole
+
+    first.wait_for(stopped_between_writes)
     first.kill()
+    assert restorable(own)
     judged = {run.absolute: (Path(run.absolute) / "rungs/2.json") for run in runs if run.exists("rungs/2.json")}
     before = {path: path.stat().st_mtime_ns for path in judged.values()}
     said = Driver(place, "killed", str(cluster.address)).end()

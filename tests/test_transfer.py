@@ -570,8 +570,8 @@ def wait_for(true: Callable[[], object]) -> None:
 # --- real fine-tunings ----------------------------------------------------------------------------------------------
 
 # Two at a time, with one thread each: every worker costs the seconds that torch takes to load.
-SWEEP = ("--tasks", "digits,mnist", "--rates", "0.003", "0.1", "--seeds", "1", "--scratch", "--cpus-each", "1.5")
-SWEEP = (*SWEEP, "--claim-seconds", "5", "--protocol", "demo-short")
+SWEEP = ("--tasks", "digits,mnist", "--protocol", "demo-short", "--rates", "0.003", "0.1", "--seeds", "1", "--scratch")
+SWEEP = (*SWEEP, "--cpus-each", "1.5", "--claim-seconds", "5")
 COUNT = 2 * 2 * (2 + 1)
 SPLITS = {"train800": (40, 24), "val200": (21,), "test": (30,)}
 
